@@ -1,0 +1,1 @@
+"""The words of limbeck. This layer imports torch and nothing of ours."""

@@ -1,0 +1,292 @@
+"""The offline lesson as one `nn.Module`: a student and its methods, told by teachers what to do.
+
+The student and the methods' modules are its children; teachers are not (they follow the batch's device). So an optimiser over
+`distiller.parameters()` trains all that should learn, and DDP, FSDP2 or `torch.compile` wrap it whole.
+
+    distiller = Distiller(student, teacher, [KD(temperature=4)], example=(x, y))
+    for x, y in loader:
+        loss = distiller(x, y)["loss"]
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.batch import Batch, Lesson, View
+from limbeck.core.keyed import forked
+from limbeck.core.method import Method
+from limbeck.core.refused import Refused
+from limbeck.core.scheme import Term, to_work
+from limbeck.core.taps import Seen, Tapped
+from limbeck.core.task import labelled_cross_entropy
+from limbeck.core.teachers import Frozen, Teacher
+
+TaskLoss = Callable[[Seen, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What everybody showed for one batch: the student (and the batch it saw) per view, and each teacher."""
+
+    students: list[tuple[Seen, Batch]]
+    teachers: list[Seen]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One method under one teacher; `view` and `teacher` count in the Distiller's lists."""
+
+    name: str
+    key: str
+    term: Term
+    weight: float
+    view: int
+    teacher: int
+
+
+class Distiller(nn.Module):
+    """A student under its teachers.
+
+    Args:
+        student: the network that learns. It is used as it is; its `state_dict` stays the plain model's.
+        teacher: an `nn.Module` (then it is `Frozen`), a `Teacher`, or None when every term names its own.
+        methods: methods and terms, in any mix. A term of weight 0 is not built.
+        example: a batch `(x, y)` or `Batch` to take shapes from. Nothing learns or moves while it is looked at.
+        task: the ordinary loss beside the methods; None trains without labels.
+        task_weight: its weight.
+        view: what the student is shown instead of the batch (teachers own their views).
+        taps: names for looks inside the student, as in `Tapped`.
+        seed: fixes the initial weights of the methods' modules.
+
+    `forward` returns the named losses, their sum `loss` and the student's `logits`; in eval mode the student's output alone.
+    Raises `Refused` at construction when the pair, the taps, the methods or the example do not fit.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Teacher | None,
+        methods: Method | Term | Sequence[Method | Term],
+        *,
+        example: Batch | tuple[Any, Tensor | None],
+        task: TaskLoss | None = labelled_cross_entropy,
+        task_weight: float = 1.0,
+        view: View | None = None,
+        taps: Mapping[str, str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.methods = nn.ModuleDict()
+        self.lenses = nn.ModuleList()
+        self.task, self.task_weight = task, task_weight
+        self.seed = seed
+        self._tapped = Tapped(student, taps, "student")
+        self._views: list[View | None] = [view]
+        self._teachers: list[Teacher] = []
+        self._uses: list[_Use] = []
+
+        only = Frozen(teacher) if isinstance(teacher, nn.Module) else teacher
+        for item in methods if isinstance(methods, Sequence) else [methods]:
+            self._enlist(item if isinstance(item, Term) else Term(item), only)
+        for use in self._uses:
+            looks = self._method(use).looks()
+            self._tapped.look(looks)
+            self._teachers[use.teacher].look(looks)
+        if task is None and not self._uses:
+            raise Refused("There is nothing to learn from: no task loss and no method of weight above 0; give at least one.")
+
+        batch = example if isinstance(example, Batch) else Batch(example[0], example[1])
+        self._dry_run(batch)
+        to_work(student)
+
+    # --- one batch ---
+
+    def forward(self, x: Any, y: Tensor | None = None, index: Tensor | None = None, lesson: Lesson | None = None) -> Any:
+        batch = x if isinstance(x, Batch) else Batch(x, y, index, lesson or Lesson())
+        if not self.training:
+            return self._tapped(batch.x).out
+        sight = self.see(batch)
+        losses = self.losses(sight)
+        return {**losses, "loss": sum(losses.values()), "logits": sight.students[0][0].out}
+
+    def see(self, batch: Batch) -> Sight:
+        """One student forward per view and one call per teacher, whatever the number of terms."""
+        viewed = [batch if view is None else view(batch) for view in self._views]
+        return Sight([(self._tapped(b.x), b) for b in viewed], [teacher(batch) for teacher in self._teachers])
+
+    def losses(self, sight: Sight) -> dict[str, Tensor]:
+        """The student's losses by name, each times its weight and ramp (a ramp at 0 multiplies, it never skips)."""
+        losses: dict[str, Tensor] = {}
+        if self.task is not None:
+            losses["task"] = self.task_weight * self.task(*sight.students[0])
+        for use in self._uses:
+            s, batch = sight.students[use.view]
+            loss = self._taught(use, s, sight.teachers[use.teacher], batch)
+            losses[use.name] = losses[use.name] + loss if use.name in losses else loss
+        return losses
+
+    def rival_losses(self, sight: Sight) -> Iterator[tuple[str, Tensor]]:
+        """(player, loss) of every rival, with the student and the teachers detached."""
+        for use in self._uses:
+            method = self._method(use)
+            s, batch = sight.students[use.view]
+            for name in method.rivals():
+                yield f"{use.key}.{name}", method.rival_loss(name, s.detach(), sight.teachers[use.teacher].detach(), batch)
+
+    def players(self) -> dict[str, dict[str, nn.Parameter]]:
+        """What learns: each rival by `method.rival`, and `student` (the student and the methods' own modules)."""
+        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        players: dict[str, dict[str, nn.Parameter]] = {}
+        for use in self._uses:
+            for rival, module in self._method(use).rivals().items():
+                theirs = {id(p) for p in module.parameters()}
+                players[f"{use.key}.{rival}"] = {name: p for name, p in named.items() if id(p) in theirs}
+        taken = {name for player in players.values() for name in player}
+        return {"student": {name: p for name, p in named.items() if name not in taken}, **players}
+
+    def teachers(self) -> tuple[Teacher, ...]:
+        return tuple(self._teachers)
+
+    def refuse_cut(self) -> str | None:
+        return next((use.name for use in self._uses if not self._method(use).card.per_sample), None)
+
+    def train(self, mode: bool = True) -> "Distiller":
+        """Learners to work; what the user froze stays in eval."""
+        if mode:
+            self.training = True
+            for child in self.children():
+                to_work(child)
+        else:
+            super().train(False)
+        return self
+
+    # --- assembly ---
+
+    def _enlist(self, term: Term, only: Teacher | None) -> None:
+        if not math.isfinite(term.weight) or term.weight < 0:
+            raise Refused(f"The weight of '{_name(term)}' is {term.weight}, expected a finite number >= 0.")
+        if term.weight == 0:
+            return
+        teachers = term.teachers or ((only,) if only is not None else ())
+        if not teachers:
+            raise Refused(f"Method '{_name(term)}' has no teacher; give the Distiller a teacher or the term its `teachers`.")
+        for lens in term.through:
+            if isinstance(lens, nn.Module):
+                self.lenses.append(lens)
+        for place, teacher in enumerate(teachers):
+            lacks = term.method.card.needs & {"teacher_model", "teacher_gradient"} - teacher.offers
+            if lacks:
+                raise Refused(
+                    f"Method '{_name(term)}' needs {' and '.join(sorted(lacks))}, which a {type(teacher).__name__} teacher cannot give; "
+                    "use a live single teacher."
+                )
+            name = _name(term)
+            numbered = (name if n == 1 else f"{name}_{n}" for n in itertools.count(1))
+            key = next(k for k in numbered if k not in self.methods)
+            self.methods[key] = term.method if place == 0 else copy.deepcopy(term.method)
+            self._uses.append(
+                _Use(
+                    name=name if len(teachers) > 1 else key,
+                    key=key,
+                    term=term,
+                    weight=term.weight / len(teachers),
+                    view=0 if term.view is None else _seat(self._views, term.view),
+                    teacher=_seat(self._teachers, teacher),
+                )
+            )
+
+    def _method(self, use: _Use) -> Method:
+        return self.methods[use.key]  # type: ignore[return-value]
+
+    def _taught(self, use: _Use, s: Seen, t: Seen, batch: Batch) -> Tensor:
+        weight: float | Tensor = use.weight * (1.0 if use.term.ramp is None else use.term.ramp(batch.lesson))
+        for lens in use.term.through:
+            s, t, factor = lens(s, t)
+            weight = weight * factor
+        return weight * self._method(use).loss(s, t, batch)
+
+    def _dry_run(self, batch: Batch) -> None:
+        """One eager look at the example in train mode; then modules are built; then every loss is tried. Nothing of it stays."""
+        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        batch = batch.to(device)
+        to_work(self.student)
+        before = {name: b.clone() for name, b in self.student.named_buffers()}
+        with forked(self.seed, "dry run"):
+            try:
+                viewed = [batch if view is None else view(batch) for view in self._views]
+                sight = Sight([(self._tapped.check(b.x), b) for b in viewed], [t.check(batch) for t in self._teachers])
+            finally:
+                with torch.no_grad():
+                    for name, b in self.student.named_buffers():
+                        b.copy_(before[name])
+        for use in self._uses:
+            s, shown = sight.students[use.view]
+            self._build(use, s, sight.teachers[use.teacher], shown)
+        self.methods.to(device)
+        self.lenses.to(device)
+
+    def _build(self, use: _Use, s: Seen, t: Seen, batch: Batch) -> None:
+        method = self._method(use)
+        if isinstance(s.out, Tensor) and isinstance(t.out, Tensor):
+            if len(s.out) != len(t.out):
+                raise Refused(
+                    f"Method '{use.name}' would compare {len(s.out)} rows of the student with {len(t.out)} of the teacher; give both the "
+                    "same view, or views that keep the number of rows."
+                )
+            if "same_classes" in method.card.needs and s.out.shape[1:] != t.out.shape[1:]:
+                raise ClassesDiffer(use.name, s.out.shape[1:], t.out.shape[1:])
+        for need in ("labels", "index"):
+            if need in method.card.needs and (batch.y if need == "labels" else batch.index) is None:
+                raise Refused(f"Method '{use.name}' needs {need}, and the example has none; give the batch its `{'y' if need == 'labels' else 'index'}`.")
+        shapes = ", ".join(f"'{n}' {tuple(s.at[n].shape)} and {tuple(t.at[n].shape)}" for n in method.looks() if n in s.at and n in t.at)
+        try:
+            with forked(self.seed, "build", use.key):
+                method.build(s, t, batch)
+                method.to(s.out.device if isinstance(s.out, Tensor) else torch.device("cpu"))
+                remembered = {name: b.clone() for name, b in method.named_buffers()}
+                loss = self._taught(replace(use, weight=1.0), s, t, batch)
+                with torch.no_grad():
+                    for name, b in method.named_buffers():
+                        b.copy_(remembered[name])
+        except Refused:
+            raise
+        except (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+            raise Refused(
+                f"Method '{use.name}' cannot compare this pair (student and teacher show {shapes or 'no taps'}): {str(error).splitlines()[0]}"
+            ) from error
+        if loss.ndim or not torch.isfinite(loss):
+            raise Refused(f"The loss of '{use.name}' on the example is {loss.detach()}, expected one finite number; look at the data and the taps.")
+        if not loss.requires_grad:
+            raise Refused(f"The loss of '{use.name}' does not depend on the student's weights, so it would teach nothing; check its taps.")
+
+
+class ClassesDiffer(Refused):
+    """A method that compares class scores was given a pair with different classes."""
+
+    def __init__(self, method: str, s: torch.Size, t: torch.Size, still: Sequence[str] = ()) -> None:
+        self.method, self.s, self.t = method, s, t
+        works = f"methods that do not read class scores still work: {', '.join(still)}" if still else "feature and relation methods still work"
+        super().__init__(
+            f"Method '{method}' compares class scores, and the student has {s[0] if s else 0} classes where the teacher has {t[0] if t else 0}; "
+            f"{works}; or map the teacher's columns with `classes`."
+        )
+
+
+def _seat(row: list[Any], item: Any) -> int:
+    """The place of `item` in `row`, taken at its end if it has none yet: who is in the row once is asked once."""
+    if not any(x is item for x in row):
+        row.append(item)
+    return next(i for i, x in enumerate(row) if x is item)
+
+
+def _name(term: Term) -> str:
+    """The term's own name, else its method's: the file it lives in, for ours, the class for others'."""
+    home = type(term.method).__module__
+    return term.name or (home.rpartition(".")[2] if home.startswith("limbeck.") else type(term.method).__name__.lower())

@@ -1,0 +1,61 @@
+"""Counted randomness: every draw is a hash of (seed, epoch, index, purpose, k).
+
+So a draw does not depend on the batch a sample fell into, on the worker, the process or on how often we resumed; and two
+views that name the same purpose see the same number. A `torch.Generator` per sample would cost 7.6 µs a draw; here a whole
+batch is hashed at once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from limbeck.core.batch import Lesson
+
+_WORD = (1 << 64) - 1
+_GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def number(*parts: int | str) -> int:
+    """A 63-bit number fixed by `parts`: FNV-1a over their text, finished with splitmix64."""
+    h = 0xCBF29CE484222325
+    for byte in "\x1f".join(str(p) for p in parts).encode():
+        h = ((h ^ byte) * 0x100000001B3) & _WORD
+    h = ((h ^ (h >> 30)) * _MIX1) & _WORD
+    h = ((h ^ (h >> 27)) * _MIX2) & _WORD
+    return (h ^ (h >> 31)) >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded by `parts`; for permutations and initial weights, where a hash per element is no help."""
+    return torch.Generator().manual_seed(number(*parts))
+
+
+def keyed(lesson: Lesson, index: Int[Tensor, " b"], purpose: str, k: int = 1) -> Float[Tensor, "b {k}"]:
+    """`k` uniform numbers in [0, 1) for each row, on the device of `index` (float32, 24 random bits)."""
+    count = index.long()[:, None] * k + torch.arange(k, device=index.device)
+    z = count * _signed(_GOLDEN) + _signed(number(lesson.seed, lesson.epoch, purpose))
+    z = (z ^ _shift(z, 30)) * _signed(_MIX1)
+    z = (z ^ _shift(z, 27)) * _signed(_MIX2)
+    z = z ^ _shift(z, 31)
+    return _shift(z, 40).float() * 2.0**-24
+
+
+@contextmanager
+def forked(*parts: int | str) -> Iterator[None]:
+    """Inside, torch's global generator is seeded by `parts`; outside, nobody notices."""
+    with torch.random.fork_rng():
+        torch.manual_seed(number(*parts))
+        yield
+
+
+def _signed(word: int) -> int:
+    """The same 64 bits as the int64 that torch multiplies with wrap-around."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift(z: Int[Tensor, "b k"], n: int) -> Int[Tensor, "b k"]:
+    """Logical right shift: torch's `>>` on int64 copies the sign bit."""
+    return (z >> n) & ((1 << (64 - n)) - 1)

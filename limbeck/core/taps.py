@@ -1,0 +1,193 @@
+"""Looking inside a model: Tapped runs it once and returns what was Seen.
+
+A tap names a tensor inside any `nn.Module`:
+
+    layer3                the output of the submodule `layer3`
+    fc:in                 the first input of the submodule `fc`
+    encoder[0]            the first element of a tuple output
+    encoder[hidden][2]    the third element of entry `hidden` of a mapping or a ModelOutput
+    [logits]              entry `logits` of the model's own output
+
+A model may carry a table `TAPS = {"stage1": "layer1", ...}`, so that methods can ask for the field's own words.
+"""
+
+import difflib
+import re
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.refused import Refused
+
+_TAP = re.compile(r"(?P<path>[^:\[\]]*)(?P<side>:in|:out)?(?P<keys>(\[[^\[\]]+\])*)")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward showed.
+
+    out: the model's answer (logits, embedding, map …). at: the tapped tensors by name.
+    mask: for token inputs, True where a token counts (`b n`); None means all do. model: who answered; None when stored.
+    """
+
+    out: Any
+    at: dict[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    model: nn.Module | None = None
+
+    def detach(self) -> "Seen":
+        out = self.out.detach() if isinstance(self.out, Tensor) else self.out
+        return Seen(out, {name: v.detach() for name, v in self.at.items()}, self.mask, self.model)
+
+
+class Tapped:
+    """A model and the names it is looked at by.
+
+    `taps` maps a name to a tap; names that it lacks are looked up in the model's `TAPS`, then taken as taps themselves. The entry
+    `out` says where in the model's output the answer is (`"[logits]"`); without it a tensor is itself, a mapping answers with its
+    entry `logits`, anything else is passed on as it is.
+
+    The model is not rewritten: hooks are put on for as long as this object lives, and are deaf except during its own call.
+    """
+
+    def __init__(self, model: nn.Module, taps: Mapping[str, str] | None = None, called: str = "model") -> None:
+        self.model = model
+        self.table = {**getattr(model, "TAPS", {}), **(taps or {})}
+        self.called = called
+        self.names: tuple[str, ...] = ()
+        self._ear = _Ear()
+        self._out_keys = _parse("out", self.table["out"])[2] if "out" in self.table else None
+
+    def look(self, names: Iterable[str]) -> None:
+        """Look at these too from now on. Raises `Refused` for a tap that does not exist, naming the near ones."""
+        for name in names:
+            if name in self.names:
+                continue
+            path, side, keys = _parse(name, self.table.get(name, name))
+            hook = _Hook(self._ear, name, keys)
+            module = self._module(name, path)
+            if side == ":in":
+                handle = module.register_forward_pre_hook(hook.hear_input, with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(hook.hear_output)
+            weakref.finalize(self, handle.remove)
+            self.names = (*self.names, name)
+
+    def __call__(self, x: Any) -> Seen:
+        self._ear.caught = {}
+        self._ear.open = True
+        out = self.model(**x) if isinstance(x, Mapping) else self.model(x)
+        self._ear.open = False
+        at, self._ear.caught = self._ear.caught, {}
+        if len(at) < len(self.names):
+            missing = next(n for n in self.names if n not in at)
+            raise Refused(
+                f"Tap '{missing}' of the {self.called} showed nothing: its module was not called in this forward (a copy or a "
+                "wrapper of the model was called, or it was compiled before it was tapped); tap a module that runs."
+            )
+        mask = x["attention_mask"].bool() if isinstance(x, Mapping) and "attention_mask" in x else None
+        return Seen(self._answer(out), at, mask, self.model)
+
+    def check(self, x: Any) -> Seen:
+        """One call that also notices what a traced call cannot: a tap changed in place afterwards, or caught more than once."""
+        self._ear.versions, self._ear.counts = {}, {}
+        seen = self(x)
+        versions, counts = self._ear.versions, self._ear.counts
+        self._ear.versions = self._ear.counts = None
+        for name, tensor in seen.at.items():
+            if tensor._version != versions[name]:
+                raise Refused(
+                    f"Tap '{name}' of the {self.called} is changed in place after it is read (often by an activation with "
+                    "inplace=True), so a loss on it would see other values; tap the layer that follows, or set inplace=False."
+                )
+            if counts[name] > 1:
+                raise Refused(
+                    f"Tap '{name}' of the {self.called} is called {counts[name]} times in one forward, so it does not name one "
+                    "tensor; tap a module that runs once."
+                )
+        return seen
+
+    def _module(self, name: str, path: str) -> nn.Module:
+        modules = dict(self.model.named_modules())
+        if path not in modules:
+            known = [*self.table, *(m for m in modules if m)]
+            near = difflib.get_close_matches(path, known, n=5, cutoff=0.5) or [*self.table, *(n for n, _ in self.model.named_children())]
+            raise Refused(
+                f"Tap '{name}' does not exist in the {self.called} ({type(self.model).__name__}); near names are: "
+                f"{', '.join(near[:8])}."
+            )
+        return modules[path]
+
+    def _answer(self, out: Any) -> Any:
+        if self._out_keys is not None:
+            return _choose(out, self._out_keys, "out")
+        if isinstance(out, Mapping) and "logits" in out:
+            return out["logits"]
+        return out
+
+
+class _Ear:
+    """What one call caught. `versions` and `counts` are kept only during `check`: they cannot be traced."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.caught: dict[str, Tensor] = {}
+        self.versions: dict[str, int] | None = None
+        self.counts: dict[str, int] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Ear":
+        return _Ear()  # a copied model keeps its hooks, but nobody ever opens the copied ear
+
+
+class _Hook:
+    def __init__(self, ear: _Ear, name: str, keys: tuple[str, ...]) -> None:
+        self.ear, self.name, self.keys = ear, name, keys
+
+    def hear_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.ear.open:
+            self._catch(args[0] if args else next(iter(kwargs.values())))
+
+    def hear_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.ear.open:
+            self._catch(output)
+
+    def _catch(self, value: Any) -> None:
+        value = _choose(value, self.keys, self.name)
+        if not isinstance(value, Tensor):
+            raise Refused(f"Tap '{self.name}' shows {_describe(value)}, expected one tensor; choose an element, as in '{_example(self.name, value)}'.")
+        self.ear.caught[self.name] = value
+        if self.ear.versions is not None and self.ear.counts is not None:
+            self.ear.versions[self.name] = value._version
+            self.ear.counts[self.name] = self.ear.counts.get(self.name, 0) + 1
+
+
+def _parse(name: str, tap: str) -> tuple[str, str | None, tuple[str, ...]]:
+    found = _TAP.fullmatch(tap)
+    if found is None:
+        raise Refused(f"Tap '{name}' = '{tap}' cannot be read; expected PATH, PATH:in or PATH[key], for example 'layer3', 'fc:in' or 'encoder[0]'.")
+    return found["path"], found["side"], tuple(re.findall(r"\[([^\[\]]+)\]", found["keys"]))
+
+
+def _choose(value: Any, keys: tuple[str, ...], name: str) -> Any:
+    for key in keys:
+        try:
+            value = value[int(key)] if key.lstrip("-").isdigit() and not isinstance(value, dict) else value[key]
+        except (KeyError, IndexError, TypeError):
+            raise Refused(f"Tap '{name}' asks for [{key}], found {_describe(value)}.") from None
+    return value
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping with entries {', '.join(map(str, value))}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}" + (f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "")
+
+
+def _example(name: str, value: Any) -> str:
+    return f"{name}[{next(iter(value), 0) if isinstance(value, Mapping) else 0}]"

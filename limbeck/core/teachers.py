@@ -1,0 +1,234 @@
+"""Who teaches. A teacher does not learn by gradient; it is always in eval and nothing of it moves, BatchNorm included."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.batch import Batch, View
+from limbeck.core.refused import Refused
+from limbeck.core.taps import Seen, Tapped
+
+
+class Teacher(ABC):
+    """Two verbs: `teacher(batch)` without gradient, and `through(x)`, which lets gradient pass to x but never to a parameter."""
+
+    offers: ClassVar[frozenset[str]] = frozenset({"teacher_model", "teacher_gradient"})
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> Seen:
+        """Answer a batch, without gradient."""
+
+    @abstractmethod
+    def through(self, x: Any) -> Seen:
+        """Answer x (as the teacher's own view would show it) with gradient to x only."""
+
+    @abstractmethod
+    def look(self, names: Iterable[str]) -> None:
+        """Show these taps too from now on."""
+
+    def check(self, batch: Batch) -> Seen:
+        """The eager dry call, which also notices taps changed in place."""
+        return self(batch)
+
+    def follow(self) -> None:  # noqa: B027 (only means move)
+        """Move after a step, if this teacher is one that moves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (only means have state)
+        pass
+
+
+class Frozen(Teacher):
+    """A trained model that answers and never changes.
+
+    Args:
+        model: any module. Its flags are left as they are: it may learn again in a later stage.
+        taps: names for looks inside it, as in `Tapped`.
+        view: what it is shown instead of the batch.
+        normalise: (mean, std), numbers or one per channel, applied to x after the view: for a teacher trained on other statistics.
+        device: where it lives; None follows the batch, and answers come back to the batch's device.
+        precision: a dtype for autocast (bfloat16, float16); answers come back in float32.
+        classes: for each of the student's classes, the teacher's output column that scores it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        taps: Mapping[str, str] | None = None,
+        view: View | None = None,
+        normalise: tuple[Any, Any] | None = None,
+        device: str | torch.device | None = None,
+        precision: torch.dtype | None = None,
+        classes: Sequence[int] | None = None,
+        called: str = "teacher",
+    ) -> None:
+        self.model = model
+        self.tapped = Tapped(model, taps, called)
+        self.view, self.normalise, self.precision = view, normalise, precision
+        self.device = None if device is None else torch.device(device)
+        self.classes = None if classes is None else torch.as_tensor(classes)
+        self._modules = list(model.modules())
+
+    def __call__(self, batch: Batch) -> Seen:
+        shown = batch if self.view is None else self.view(batch)
+        with torch.no_grad():  # not inference_mode: a loss may have to save the answers for its backward
+            return self._answer(shown.x, self.tapped)
+
+    def through(self, x: Any) -> Seen:
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        for p in learning:
+            p.requires_grad_(False)
+        try:
+            return self._answer(x, self.tapped)
+        finally:
+            for p in learning:
+                p.requires_grad_(True)
+
+    def check(self, batch: Batch) -> Seen:
+        shown = batch if self.view is None else self.view(batch)
+        with torch.no_grad():
+            return self._answer(shown.x, self.tapped.check)
+
+    def look(self, names: Iterable[str]) -> None:
+        self.tapped.look(names)
+
+    def _answer(self, x: Any, ask: Any) -> Seen:
+        if any(m.training for m in self._modules):  # someone called train() on a parent: undo it
+            self.model.eval()
+        first = next(iter(x.values())) if isinstance(x, Mapping) else x
+        home, device = first.device, self.device or first.device
+        here = next(self.model.parameters(), None)
+        if here is not None and here.device != device:
+            self.model.to(device)
+        if self.normalise is not None:
+            x = _normalised(x, self.normalise)
+        if device != home:
+            x = {k: v.to(device) for k, v in x.items()} if isinstance(x, Mapping) else x.to(device)
+        if self.precision is None:
+            seen = ask(x)
+        else:
+            with torch.autocast(device.type, self.precision):
+                seen = ask(x)
+        return self._as_asked(seen, home)
+
+    def _as_asked(self, seen: Seen, home: torch.device) -> Seen:
+        """The answer on the batch's device, in float32 if it was computed in less, with the student's classes."""
+
+        def back(v: Any) -> Any:
+            if not isinstance(v, Tensor):
+                return v
+            return v.to(home, torch.float32 if self.precision is not None and v.is_floating_point() else v.dtype)
+
+        out = back(seen.out)
+        if self.classes is not None:
+            out = out.index_select(1, self.classes.to(home))
+        return Seen(out, {name: back(v) for name, v in seen.at.items()}, seen.mask, seen.model)
+
+
+class MeanOf(Teacher):
+    """A running mean of a learner's weights (Tarvainen & Valpola 2017; arXiv:1703.01780), moved after each of its steps.
+
+    Float buffers are averaged and integer ones copied: a mean of the weights with the first day's BatchNorm statistics is no model.
+    The decay grows as `min(1 - 1/(steps + 1), decay)`, so that early weights are forgotten.
+    """
+
+    def __init__(self, learner: nn.Module, *, decay: float = 0.999, taps: Mapping[str, str] | None = None, view: View | None = None) -> None:
+        if not 0 <= decay < 1:
+            raise Refused(f"The decay of a mean teacher is {decay}, expected a number in [0, 1); try 0.999.")
+        self.learner, self.decay, self.steps = learner, decay, 0
+        self.mean = Frozen(copy.deepcopy(learner), taps=taps, view=view, called="mean teacher")
+
+    @property
+    def model(self) -> nn.Module:
+        return self.mean.model
+
+    def __call__(self, batch: Batch) -> Seen:
+        return self.mean(batch)
+
+    def through(self, x: Any) -> Seen:
+        return self.mean.through(x)
+
+    def check(self, batch: Batch) -> Seen:
+        return self.mean.check(batch)
+
+    def look(self, names: Iterable[str]) -> None:
+        self.mean.look(names)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        self.steps += 1
+        decay = min(1 - 1 / (self.steps + 1), self.decay)
+        mine, theirs = self.model.state_dict(), self.learner.state_dict()
+        floats = [name for name, v in mine.items() if v.is_floating_point()]
+        torch._foreach_lerp_([mine[n] for n in floats], [theirs[n].to(mine[n].device) for n in floats], 1 - decay)
+        for name in mine.keys() - set(floats):
+            mine[name].copy_(theirs[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.model.load_state_dict(state["model"])
+
+
+class Ensemble(Teacher):
+    """Several teachers with one voice: the log of their weighted mean probability. It has no inside, so it refuses taps.
+
+    Probabilities are mixed, never logits: a confident teacher's large logits would drown the others.
+    """
+
+    offers: ClassVar[frozenset[str]] = frozenset({"teacher_gradient"})
+
+    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float] | None = None) -> None:
+        if not teachers:
+            raise Refused("An ensemble of no teachers was asked for; give it at least one.")
+        weights = [1.0] * len(teachers) if weights is None else list(weights)
+        if len(weights) != len(teachers) or min(weights) < 0 or sum(weights) == 0:
+            raise Refused(f"An ensemble of {len(teachers)} teachers has weights {weights}; expected one number >= 0 for each, not all 0.")
+        self.teachers = tuple(teachers)
+        self.weights = [w / sum(weights) for w in weights]
+
+    def __call__(self, batch: Batch) -> Seen:
+        return self._mix([teacher(batch) for teacher in self.teachers])
+
+    def through(self, x: Any) -> Seen:
+        return self._mix([teacher.through(x) for teacher in self.teachers])
+
+    def look(self, names: Iterable[str]) -> None:
+        names = list(names)
+        if names:
+            raise Refused(
+                f"An ensemble of teachers has no tap '{names[0]}': it mixes answers only; give the method one of its teachers, or all "
+                "of them as `teachers`."
+            )
+
+    def follow(self) -> None:
+        for teacher in self.teachers:
+            teacher.follow()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teachers": [teacher.state_dict() for teacher in self.teachers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for teacher, its in zip(self.teachers, state["teachers"], strict=True):
+            teacher.load_state_dict(its)
+
+    def _mix(self, answers: list[Seen]) -> Seen:
+        logs = torch.stack([a.out.log_softmax(1) for a in answers])
+        weights = torch.tensor(self.weights, dtype=logs.dtype, device=logs.device)
+        return Seen(torch.logsumexp(logs + weights.log().view(-1, *[1] * (logs.ndim - 1)), 0))
+
+
+def _normalised(x: Any, normalise: tuple[Any, Any]) -> Any:
+    if isinstance(x, Mapping):
+        raise Refused("`normalise` works on a single input tensor, found a mapping of inputs; normalise it in the teacher's view.")
+    mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 2)) for v in normalise)
+    return (x - mean) / std
