@@ -275,7 +275,7 @@ class ClassesDiffer(Refused):
         works = f"methods that do not read class scores still work: {', '.join(still)}" if still else "feature and relation methods still work"
         super().__init__(
             f"Method '{method}' compares class scores, and the student has {s[0] if s else 0} classes where the teacher has {t[0] if t else 0}; "
-            f"{works}; or map the teacher's columns with `classes`."
+            f"{works}; or say with `columns` which of the teacher's outputs scores each class."
         )
 
 

@@ -54,7 +54,7 @@ class Frozen(Teacher):
         normalise: (mean, std), numbers or one per channel, applied to x after the view: for a teacher trained on other statistics.
         device: where it lives; None follows the batch, and answers come back to the batch's device.
         precision: a dtype for autocast (bfloat16, float16); answers come back in float32.
-        classes: for each of the student's classes, the teacher's output column that scores it.
+        columns: for each of the student's classes, the teacher's output column that scores it.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class Frozen(Teacher):
         normalise: tuple[Any, Any] | None = None,
         device: str | torch.device | None = None,
         precision: torch.dtype | None = None,
-        classes: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
         called: str = "teacher",
     ) -> None:
         self.model = model
         self.tapped = Tapped(model, taps, called)
         self.view, self.normalise, self.precision = view, normalise, precision
         self.device = None if device is None else torch.device(device)
-        self.classes = None if classes is None else torch.as_tensor(classes)
+        self.columns = None if columns is None else torch.as_tensor(columns)
         self._modules = list(model.modules())
 
     def __call__(self, batch: Batch) -> Seen:
@@ -127,8 +127,8 @@ class Frozen(Teacher):
             return v.to(home, torch.float32 if self.precision is not None and v.is_floating_point() else v.dtype)
 
         out = back(seen.out)
-        if self.classes is not None:
-            out = out.index_select(1, self.classes.to(home))
+        if self.columns is not None:
+            out = out.index_select(1, self.columns.to(home))
         return Seen(out, {name: back(v) for name, v in seen.at.items()}, seen.mask, seen.model)
 
 

@@ -1,0 +1,213 @@
+"""The one switchboard: here, and only here, the names of a recipe become objects.
+
+Order of assembly, everywhere: models → mean copies → taps → one eager dry batch → methods' modules → checks → device → optimisers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck import checkpoint, registry
+from limbeck.core.batch import IGNORE, View
+from limbeck.core.distiller import ClassesDiffer, Distiller
+from limbeck.core.keyed import forked
+from limbeck.core.refused import Refused
+from limbeck.core.scheme import Ramp, Scheme, Term
+from limbeck.core.task import Task
+from limbeck.core.teachers import Ensemble, Frozen, MeanOf, Teacher
+from limbeck.data.loader import Data, Loader, Splits
+from limbeck.engine import Engine, Pace
+from limbeck.recipe import Made, Mean, Net, Optim, Recipe, Stage, Use
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A recipe's data, task and models, ready to be put together stage by stage."""
+
+    recipe: Recipe
+    seed: int
+    splits: Splits
+    task: Task
+    models: dict[str, nn.Module]
+    device: torch.device
+
+    def engine(self, number: int) -> Engine:
+        """Assemble a stage: the learner and its teachers as they are now."""
+        stage = self.recipe.stages[number]
+        try:
+            return self._engine(number, stage)
+        except ClassesDiffer as error:
+            blind = [name for name in registry.names("method") if "same_classes" not in registry.find("method", name).card.needs]
+            raise Refused(f"In stage {number}: {ClassesDiffer(error.method, error.s, error.t, blind)}") from None
+        except Refused as error:
+            raise Refused(f"In stage {number}: {error}") from error.__cause__
+
+    def _engine(self, number: int, stage: Stage) -> Engine:
+        learner = self.learner(stage)
+        loader = self.loader(stage)
+        terms, asked = [], dict[str, Teacher]()
+        for use in stage.terms:
+            for name in use.teachers:
+                asked.setdefault(name, self.teacher(name))
+            terms.append(_term(use, tuple(asked[name] for name in use.teachers)))
+        spec = self.recipe.models.get(stage.learns)
+        example = loader.at(0)
+        distiller = Distiller(
+            learner,
+            None,
+            terms,
+            example=example,
+            task=self.task.loss if stage.task_weight else None,
+            task_weight=stage.task_weight,
+            view=_view(stage.view),
+            taps=spec.taps if isinstance(spec, Net) else None,
+            seed=self.seed,
+        )
+        if stage.task_weight:
+            student, shown = distiller.eval().see(example.to(self.device)).students[0]
+            self.task.check(student, shown)
+        distiller.to(self.device)
+        scheme: Scheme = registry.find("scheme", stage.scheme)(distiller)
+        steps = stage.epochs * loader.steps
+        paces = {player: _pace(stage, player, parameters, steps) for player, parameters in scheme.players().items()}
+        unknown = set(stage.optim) - set(paces)
+        if unknown:
+            raise Refused(f"`optim.{min(unknown)}` names no player; the players are {', '.join(paces)}.")
+        return Engine(scheme, loader, paces, epochs=stage.epochs, seed=self.seed, accumulate=stage.accumulate, device=self.device, stage=number)
+
+    def loader(self, stage: Stage) -> Loader:
+        data = self.splits.train
+        if stage.labels is not None:
+            data = data.with_labels(stage.labels, self.seed)
+        if stage.rows == "labelled":
+            kept = (data.y != IGNORE).nonzero()[:, 0]
+            data = replace(data, x=data.x[kept], y=data.y[kept])
+        return Loader(data, stage.batch, seed=self.seed, epochs=stage.epochs)
+
+    def learner(self, stage: Stage) -> nn.Module:
+        """The network that learns; one made from another is made now, from what that is now."""
+        made = stage.learner
+        if isinstance(made, Made):
+            change = _copied if made.change == "copy" else registry.find("model", made.change)
+            with forked(self.seed, "made", made.name):
+                self.models[made.name] = change(self.model(made.origin)).to(self.device)
+        return self.model(stage.learns)
+
+    def model(self, name: str) -> nn.Module:
+        if name not in self.models:
+            raise Refused(f"'{name}' is a teacher made of other models (a mean or an ensemble); a learner must be a network.")
+        return self.models[name]
+
+    def teacher(self, name: str) -> Teacher:
+        spec = self.recipe.models.get(name)
+        if isinstance(spec, Mean):
+            return MeanOf(self.model(spec.mean_of), decay=spec.decay)
+        if spec is not None and not isinstance(spec, Net):
+            return Ensemble([self.teacher(other) for other in spec.ensemble], spec.weights)
+        if spec is None:  # made by an earlier stage
+            return Frozen(self.model(name), called=name)
+        return Frozen(
+            self.model(name),
+            taps=spec.taps,
+            view=_view(spec.view),
+            normalise=None if spec.normalise is None else (spec.normalise[0], spec.normalise[1]),
+            precision=None if spec.precision is None else getattr(torch, spec.precision),
+            columns=spec.columns,
+            called=name,
+        )
+
+
+def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
+    """Load the data, make every network with weights fixed by (seed, name). Raises `Refused`."""
+    seed = recipe.seed if seed is None else seed
+    splits: Splits = registry.find("data", recipe.data)()
+    models = {name: _network(name, spec, splits.train, seed).to(device) for name, spec in recipe.models.items() if isinstance(spec, Net)}
+    return Lab(recipe, seed, splits, registry.find("task", recipe.task)(), models, torch.device(device))
+
+
+def rehearse(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> None:
+    """Assemble every stage once with untrained networks, so that what does not fit in the last is said before the first step."""
+    trial = lab(recipe, seed, device)
+    for number in range(len(recipe.stages)):
+        trial.engine(number)
+
+
+def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:
+    factory = registry.find("model", spec.name)
+    given = {"classes": len(data.classes), "channels": data.x.shape[1]}
+    wanted = {k: v for k, v in given.items() if k in registry.knobs(factory)}
+    with forked(seed, "model", name):
+        try:
+            model = factory(**{**wanted, **spec.knobs})
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise Refused(f"Model '{name}' ({spec.name}) cannot be made with {spec.knobs}: {error}.") from error
+    if spec.weights is not None:
+        _fit(model, checkpoint.load_weights(Path(spec.weights)), f"model '{name}'", spec.weights)
+    return model
+
+
+def _fit(model: nn.Module, weights: dict[str, torch.Tensor], called: str, source: str) -> None:
+    """Load weights, naming the first tensor that does not fit."""
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in weights:
+            raise Refused(f"{source} does not fit {called}: it lacks '{name}' {tuple(tensor.shape)}.")
+        if weights[name].shape != tensor.shape:
+            raise Refused(f"{source} does not fit {called}: '{name}' is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}.")
+    extra = weights.keys() - own.keys()
+    if extra:
+        raise Refused(f"{source} does not fit {called}: it has '{min(extra)}', which the model has not.")
+    model.load_state_dict(weights)
+
+
+def _term(use: Use, teachers: tuple[Teacher, ...]) -> Term:
+    return Term(
+        registry.find("method", use.method)(**use.knobs),
+        teachers,
+        weight=use.weight,
+        ramp=None if use.ramp is None else Ramp(use.ramp.epochs, use.ramp.after, use.ramp.shape),
+        view=_view(use.view),
+        through=tuple(registry.find("lens", lens) for lens in use.through),
+        name=use.method if ":" not in use.method else "",
+    )
+
+
+def _view(name: str | None) -> View | None:
+    return None if name is None else registry.find("view", name)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+def _pace(stage: Stage, player: str, parameters: Any, steps: int) -> Pace:
+    spec = stage.optim.get(player) or stage.optim.get("student") or Optim()
+    values = list(parameters.values())
+    if not values:
+        raise Refused(f"Player '{player}' has no parameter that learns; unfreeze something, or leave the stage out.")
+    optimiser: torch.optim.Optimizer
+    if spec.name == "sgd":
+        optimiser = torch.optim.SGD(values, spec.lr, spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov and spec.momentum > 0)
+    else:
+        optimiser = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name](values, spec.lr, weight_decay=spec.weight_decay)
+    return Pace(optimiser, _course(spec, steps))
+
+
+def _course(spec: Optim, steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at each of `steps` steps."""
+    if spec.schedule == "cosine":
+        return partial(_cosine, steps=steps)
+    marks = [math.ceil(m * steps) for m in spec.milestones] if spec.schedule == "steps" else []
+    return lambda step: spec.gamma ** sum(step >= mark for mark in marks)
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.5 + 0.5 * math.cos(math.pi * step / steps)

@@ -1,0 +1,1 @@
+"""Real data sets, and the loader that draws batches from them."""

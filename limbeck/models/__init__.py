@@ -1,0 +1,1 @@
+"""Networks, one architecture a file; each states its taps, its stages and its tails."""

@@ -1,0 +1,307 @@
+"""A recipe: named models and a list of stages, as data. TOML in, Python out, and back."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+
+from limbeck.core.refused import Refused
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Open(BaseModel):
+    """Further keys are the knobs of what it names; they are checked against its signature when the recipe is read."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Net(Open):
+    """A network: its name in `models/` or `package.module:factory`, its knobs, and how it is looked at when it teaches."""
+
+    name: str
+    weights: str | None = None
+    taps: dict[str, str] = {}
+    view: str | None = None
+    columns: list[int] | None = None
+    normalise: Annotated[list[float | list[float]], Field(min_length=2, max_length=2)] | None = None
+    precision: Literal["bfloat16", "float16"] | None = None
+
+
+class Mean(Strict):
+    """A teacher that is the running mean of a learner."""
+
+    mean_of: str
+    decay: float = Field(0.999, ge=0, lt=1)
+
+
+class Group(Strict):
+    """A teacher that mixes several teachers' probabilities."""
+
+    ensemble: list[str] = Field(min_length=1)
+    weights: list[float] | None = None
+
+
+class Growth(Strict):
+    """A weight's ramp: 0 for `after` epochs, full in the `epochs`-th one after that."""
+
+    epochs: int = Field(ge=1)
+    after: int = Field(0, ge=0)
+    shape: Literal["linear", "cosine", "sigmoid"] = "linear"
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Use(Open):
+    """A method in use; further keys are its knobs."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    method: str
+    teachers: Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)] = Field(["teacher"], alias="teacher")
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    ramp: Growth | None = None
+    view: str | None = None
+    through: list[str] = []
+
+
+class Made(Strict):
+    """A learner made from a trained model when its stage begins. `change` is `copy` or `package.module:function` (model → model)."""
+
+    name: str
+    origin: str = Field(alias="from")
+    change: str = "copy"
+
+
+class Optim(Strict):
+    """An optimiser and the course of its learning rate over the stage."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0, allow_inf_nan=False)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    milestones: list[float] = [0.625, 0.75, 0.875]  # of the stage: epochs 150, 180, 210 of 240
+    gamma: float = 0.1
+
+
+def _learner_kind(value: Any) -> str:
+    return "<made>" if isinstance(value, dict | Made) else "<name>"
+
+
+class Stage(Strict):
+    """Somebody learns for some epochs. Without terms it is ordinary training."""
+
+    learner: Annotated[Annotated[str, Tag("<name>")] | Annotated[Made, Tag("<made>")], Discriminator(_learner_kind)]
+    epochs: int = Field(ge=1)
+    batch: int = Field(64, ge=1)
+    labels: int | None = Field(None, ge=0)
+    rows: Literal["all", "labelled"] = "all"
+    terms: list[Use] = []
+    task_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    scheme: str = "offline"
+    view: str | None = None
+    accumulate: int = Field(1, ge=1)
+    optim: dict[str, Optim] = {}
+
+    @property
+    def learns(self) -> str:
+        return self.learner if isinstance(self.learner, str) else self.learner.name
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _model_kind(value: Any) -> str:
+    has = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, BaseModel) else {}
+    return "<mean>" if "mean_of" in has else "<group>" if "ensemble" in has else "<net>"
+
+
+Model = Annotated[
+    Annotated[Net, Tag("<net>")] | Annotated[Mean, Tag("<mean>")] | Annotated[Group, Tag("<group>")],
+    Discriminator(_model_kind),
+    BeforeValidator(_named),
+]
+
+
+class Recipe(Strict):
+    """What is to be done, whole: data, task, models by name, stages in order."""
+
+    data: str
+    task: str = "classify"
+    seed: int = 0
+    models: dict[str, Model]
+    stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "Recipe":
+        made: set[str] = set()
+        for n, stage in enumerate(self.stages):
+            known = [*self.models, *made]
+            if isinstance(stage.learner, Made):
+                _known(f"stages.{n}.learner.from", stage.learner.origin, known)
+                made.add(stage.learner.name)
+                known.append(stage.learner.name)
+            else:
+                _known(f"stages.{n}.learner", stage.learner, known)
+            for k, use in enumerate(stage.terms):
+                for teacher in use.teachers:
+                    _known(f"stages.{n}.terms.{k}.teacher", teacher, known)
+        for name, model in self.models.items():
+            for other in [model.mean_of] if isinstance(model, Mean) else model.ensemble if isinstance(model, Group) else []:
+                _known(f"models.{name}", other, [*self.models, *made])
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the recipe's content, defaults written out."""
+        return sha256(self.as_json().encode()).hexdigest()
+
+    def as_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
+
+
+def read(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe from a TOML file, with `--set` changes such as `stages.1.epochs=2`. Raises `Refused`, naming file and field."""
+    return parse(apply(read_toml(path), changes), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refused(f"There is no file {path}; give the path of a recipe (.toml).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise Refused(f"{path} is not TOML: {error}.") from None
+
+
+def parse(content: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+    """A recipe from plain data, its names and knobs checked against what there is. Raises `Refused`."""
+    return checked(Recipe, content, source, _check_knobs)
+
+
+def checked(model: Any, content: Any, source: str, *checks: Any) -> Any:
+    """`content` as a `model`; the first thing wrong in one sentence."""
+    try:
+        whole = TypeAdapter(model).validate_python(content)
+        for check in checks:
+            check(whole)
+        return whole
+    except ValidationError as error:
+        raise Refused(f"In {source}: {_sentence(model, error)}") from None
+    except Refused as error:
+        raise Refused(f"In {source}: {error}") from None
+
+
+def apply(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """`a.0.b=value` changes on plain data; the value is TOML, or else a string. Raises `Refused` for a place that is not there."""
+    content = json.loads(json.dumps(content))
+    for change in changes:
+        path, equals, text = change.partition("=")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *way, last = path.strip().split(".")
+        place: Any = content
+        try:
+            for step in way:
+                place = place[int(step)] if isinstance(place, list) else place.setdefault(step, {})
+            if isinstance(place, list):
+                place[int(last)] = value
+            else:
+                place[last] = value
+        except (ValueError, IndexError, TypeError, AttributeError):
+            equals = ""
+        if not equals:
+            raise Refused(f"The change '{change}' cannot be made; expected KEY=VALUE with a place that is there, for example stages.1.epochs=2.")
+    return content
+
+
+def _known(where: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise Refused(f"{where} names '{name}', which is no model of this recipe{f' (did you mean {near[0]!r}?)' if near else ''}; its models are {', '.join(known)}.")
+
+
+def _check_knobs(recipe: Recipe) -> None:
+    from limbeck import registry
+
+    registry.find("task", recipe.task)
+    if ":" not in recipe.data:
+        registry.find("data", recipe.data)
+    for name, model in recipe.models.items():
+        if isinstance(model, Net):
+            _fit_knobs(f"models.{name}", registry.find("model", model.name), model, given=("classes", "channels"))
+            if model.view:
+                registry.find("view", model.view)
+    for n, stage in enumerate(recipe.stages):
+        registry.find("scheme", stage.scheme)
+        if stage.view:
+            registry.find("view", stage.view)
+        for k, use in enumerate(stage.terms):
+            _fit_knobs(f"stages.{n}.terms.{k}", registry.find("method", use.method), use)
+            for lens in use.through:
+                registry.find("lens", lens)
+            if use.view:
+                registry.find("view", use.view)
+
+
+def _fit_knobs(where: str, factory: Any, spec: Open, given: Sequence[str] = ()) -> None:
+    from limbeck import registry
+
+    known = registry.knobs(factory)
+    for knob, value in spec.knobs.items():
+        if knob not in known:
+            names = [*known, *type(spec).model_fields]
+            raise Refused(f"unknown key `{knob}` at {where}{_meant(knob, names)}; its knobs are {', '.join(known) or 'none'}.")
+        annotation = known[knob].annotation
+        if annotation is not known[knob].empty:
+            try:
+                TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+            except ValidationError as error:
+                raise Refused(f"{where}.{knob} is {value!r}: {_expected(error.errors()[0]['msg'])}.") from None
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in spec.knobs and n not in given]
+    if missing:
+        raise Refused(f"{where} lacks `{missing[0]}`, which {getattr(factory, '__name__', factory)} needs.")
+
+
+def _sentence(model: Any, error: ValidationError) -> str:
+    first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")  # a misspelt key also makes one missing
+    loc = [str(part) for part in first["loc"] if not str(part).startswith("<")]
+    where = ".".join(loc)
+    if first["type"] == "extra_forbidden":
+        kinds = (Recipe, Stage, Made, Optim, Growth, Mean, Group, model)
+        names = [field.alias or name for kind in kinds for name, field in getattr(kind, "model_fields", {}).items()]
+        return f"unknown key `{loc[-1]}`{' at ' + '.'.join(loc[:-1]) if loc[:-1] else ''}{_meant(loc[-1], names)}."
+    if first["type"] == "missing":
+        return f"`{where}` is missing; it is required."
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{where or 'it'} is {first['input']!r}: {_expected(first['msg'])}."
+
+
+def _meant(word: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def _expected(message: str) -> str:
+    return "expected " + message.removeprefix("Input should be ").rstrip(".")

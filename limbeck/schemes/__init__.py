@@ -1,0 +1,1 @@
+"""Who teaches whom, in what order: one lesson plan a file."""

@@ -1,0 +1,42 @@
+"""Offline distillation: trained teachers, one learning student (Hinton et al. 2015; arXiv:1503.02531, and most of what followed).
+
+For each batch the methods' rivals learn first, on what student and teachers showed, detached; then the student takes one step on the sum
+of its losses. Without methods this is ordinary training, which is how a teacher is trained and what the control does.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from limbeck.core.batch import Batch
+from limbeck.core.distiller import Distiller
+from limbeck.core.scheme import Scheme, Turn
+from limbeck.core.teachers import Teacher
+
+
+class Offline(Scheme):
+    """One student under teachers that are done learning."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self.distiller = distiller
+
+    def turns(self, batch: Batch) -> Iterator[Turn]:
+        sight = self.distiller.see(batch)
+        for rival, loss in self.distiller.rival_losses(sight):
+            yield rival, {rival: loss}
+        yield "student", self.distiller.losses(sight)
+
+    def players(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
+        return self.distiller.players()
+
+    def shipped(self) -> nn.Module:
+        return self.distiller.student
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        return {"distiller": self.distiller}
+
+    def teachers(self) -> tuple[Teacher, ...]:
+        return self.distiller.teachers()
+
+    def refuse_cut(self) -> str | None:
+        return self.distiller.refuse_cut()

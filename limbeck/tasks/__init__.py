@@ -1,0 +1,1 @@
+"""Ordinary jobs: a loss without a teacher, and a score."""

@@ -1,0 +1,38 @@
+"""Classification: cross-entropy over labelled rows, accuracy."""
+
+from collections.abc import Iterable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from limbeck.core.batch import IGNORE, Batch
+from limbeck.core.refused import Refused
+from limbeck.core.taps import Seen
+from limbeck.core.task import Task, labelled_cross_entropy
+
+
+class Classify(Task):
+    """The model answers with logits (b k); labels are class numbers."""
+
+    headline = "accuracy"
+
+    def loss(self, s: Seen, batch: Batch) -> Float[Tensor, ""]:
+        return labelled_cross_entropy(s, batch)
+
+    def score(self, answers: Iterable[tuple[Seen, Batch]]) -> dict[str, float]:
+        """Accuracy in percent over the labelled rows (0 when there are none)."""
+        right = labelled = 0
+        for seen, batch in answers:
+            right += int((seen.out.argmax(1) == batch.y).sum())
+            labelled += int((batch.y != IGNORE).sum())  # type: ignore[union-attr]
+        return {"accuracy": 100.0 * right / max(labelled, 1)}
+
+    def check(self, s: Seen, batch: Batch) -> None:
+        if not isinstance(s.out, Tensor) or s.out.ndim != 2:
+            found = f"shape {tuple(s.out.shape)}" if isinstance(s.out, Tensor) else f"a {type(s.out).__name__}"
+            raise Refused(f"The model's answer has {found}, and classification expects logits of shape (rows, classes); name the logits with the tap 'out'.")
+        labels = batch.lesson.labels if batch.lesson.labels is not None else batch.y
+        if labels is None:
+            raise Refused("The data has no labels, and classification learns from them; give some, or distil without a task.")
+        if int(labels.max()) >= s.out.shape[1]:
+            raise Refused(f"The data has label {int(labels.max())}, and the model's head has {s.out.shape[1]} outputs (0 to {s.out.shape[1] - 1}); give the model `classes = {int(labels.max()) + 1}`, or mend the labels.")

@@ -1,0 +1,1 @@
+"""What a model is shown instead of the batch."""
