@@ -64,7 +64,7 @@ $(MADE):
 	@$(PYTHON) -m venv "$(VENV)"
 	@touch $@
 
-# First and alone, at its exact version: asked for with the rest, pip may choose a build with gigabytes of CUDA.
+# First and at its exact version: an open requirement may bring a newer build with gigabytes of CUDA.
 $(TORCH_READY): $(MADE)
 	@echo "installing torch $(TORCH) (the big one) ..."
 	@$(PIP) torch==$(TORCH)
@@ -72,5 +72,6 @@ $(TORCH_READY): $(MADE)
 
 $(READY): $(TORCH_READY) pyproject.toml constraints.txt
 	@echo "installing limbeck$(EXTRA_$(NEED)) ..."
+	@rm -f $(VENV)/.ready-*
 	@$(PIP) -e ".$(EXTRA_$(NEED))" -c constraints.txt
 	@touch $(COVERS_$(NEED):%=$(VENV)/.ready-%)

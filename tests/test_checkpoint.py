@@ -273,7 +273,8 @@ def test_a_flipped_byte_in_the_json_is_refused_or_changes_nothing(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "change", [{"tree": {"dict": []}}, {"tree_sha256": None}, {"file": "../other"}, {"sha256": 3}, {"more": 1}]
+    "change",
+    [{"tree": {"dict": []}}, {"tree_sha256": None}, {"file": "../other"}, {"sha256": 3}, {"more": 1}],
 )
 def test_a_checkpoint_json_that_was_changed(tmp_path: Path, change: dict[str, Any]) -> None:
     save(tmp_path, {"step": 41}, fingerprint=RECIPE)

@@ -1,0 +1,1 @@
+"""What is taught: response, feature, relation. One paper, one file."""
