@@ -1,0 +1,232 @@
+"""The command line. Torch is imported only by commands that need it."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from limbeck.board import Board
+    from limbeck.run import Moment, Run
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Where = Annotated[Path | None, typer.Option("--out", help="The folder to work in (default: runs/NAME).")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: stages.1.epochs=2 (may be repeated).")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+def main() -> None:
+    """Run the command line. What limbeck refuses is one sentence and exit code 2; an asked-for stop is exit code 130."""
+    from limbeck.core.refused import Refused
+
+    try:
+        app()
+    except Refused as error:
+        sys.exit(_say(str(error), 2))
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (.toml).")],
+    out: Where = None,
+    set_: Sets = None,
+    seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.")] = None,
+    device: Device = "cpu",
+    every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+) -> None:
+    """Train what a recipe says, from its first stage to its last."""
+    from limbeck import recipe as recipes
+    from limbeck.run import Run
+
+    plan = recipes.read(recipe, set_ or ())
+    _go(Run(plan, out or Path("runs") / recipe.stem, seed=seed, device=_device(device), every=every))
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
+    device: Device = "cpu",
+    every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+) -> None:
+    """Go on with a run where it stopped."""
+    from limbeck.run import resume as again
+
+    _go(again(folder, device=_device(device), every=every))
+
+
+@app.command()
+def board(
+    source: Annotated[Path, typer.Argument(help="A board or a recipe (.toml).")],
+    methods: Annotated[str | None, typer.Option(help="Methods to compare, separated by commas; default: the board's own arms.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
+    out: Where = None,
+    set_: Sets = None,
+    device: Device = "cpu",
+) -> None:
+    """Compare methods with an honest control, over seeds; write a table and a report."""
+    from limbeck import board as boards
+    from limbeck import report
+
+    chosen = tuple(m.strip() for m in methods.split(",") if m.strip()) if methods else ()
+    whole, arms, given, title = boards.read(source, tuple(set_ or ()), chosen, seeds)
+    table = boards.Board(whole, arms, given, out or Path("runs") / source.stem, title=title, device=_device(device))
+    _watch_board(table)
+    result = table.result()
+    page = report.write(table.folder, result)
+    _print(report.table(result))
+    _print(f"Report: {page}")
+
+
+@app.command("list")
+def list_(kind: Annotated[str, typer.Argument(help="method, lens, scheme, task, view, data or model.")] = "method") -> None:
+    """What there is of a kind, found by listing its folder."""
+    from limbeck import registry
+    from limbeck.core.refused import Refused
+
+    if kind not in registry.KINDS:
+        raise Refused(f"There is no kind '{kind}'; the kinds are {', '.join(registry.KINDS)}.")
+    if kind != "method":
+        _print("\n".join(registry.names(kind)))
+        return
+    from rich.table import Table
+
+    columns = Table(box=None, pad_edge=False)
+    for heading in ("method", "year", "teaches", "paper", "fidelity", "taps", "needs"):
+        columns.add_column(heading)
+    for name in registry.names("method"):
+        card = registry.find("method", name).card
+        columns.add_row(name, str(card.year), ", ".join(card.knowledge), card.paper, card.fidelity, ", ".join(card.taps), ", ".join(sorted(card.needs)))
+    _print(columns)
+
+
+@app.command()
+def show(what: Annotated[str, typer.Argument(help="A method, or a recipe (.toml).")]) -> None:
+    """A method's page (paper, equation, departures, knobs), or a recipe with every default written out."""
+    from limbeck import recipe as recipes
+    from limbeck import registry
+
+    if what.endswith(".toml"):
+        _print(recipes.read(Path(what)).model_dump_json(indent=2, by_alias=True))
+        return
+    method = registry.find("method", what)
+    card = method.card
+    knobs = [f"  {p}" for p in registry.knobs(method).values()]
+    _print(
+        "\n".join(
+            [
+                (sys.modules[method.__module__].__doc__ or "").strip(),
+                "",
+                f"Teaches: {', '.join(card.knowledge)}. Fidelity: {card.fidelity}. Paper: {card.paper} ({card.year}).",
+                f"Taps: {', '.join(card.taps) or 'none'}. Needs: {', '.join(sorted(card.needs)) or 'nothing special'}.",
+                "Knobs:",
+                *(knobs or ["  none"]),
+            ]
+        )
+    )
+
+
+# --- showing progress ---
+
+
+def _go(work: "Run") -> None:
+    if work.result is not None:
+        _print(f"This run is finished; its folder is {work.folder}.")
+    with _progress() as bar, _stoppable(work):
+        line = bar.add_task("", total=1.0)
+        for moment in _until_stopped(work.moments()):
+            bar.update(line, completed=moment.done, description=_place(moment))
+            if moment.record is not None:
+                bar.console.print(_record(moment), highlight=False)
+    result = work.result
+    assert result is not None
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in result["scores"].items())
+    _print(f"{scores}; {result['parameters']:,} parameters\nShipped: {work.folder / result['shipped']}")
+
+
+def _watch_board(table: "Board") -> None:
+    with _progress() as bar, _stoppable(table):
+        line = bar.add_task("", total=float(len(table.cells())))
+        for cell, moment in _until_stopped(table.moments()):
+            name = cell.arm or "shared stages"
+            within = 1.0 if moment is None else moment.done
+            bar.update(line, completed=cell.number + within, description=f"{name}, seed {cell.seed}")
+            if moment is None:
+                bar.console.print(f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: done", markup=False, highlight=False)
+
+
+class _stoppable:
+    """The first Ctrl-C or SIGTERM asks for a stop between two batches; a second one is the usual interruption."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def __enter__(self) -> None:
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def _ask(self, *_: object) -> None:
+        self.work.stop()
+        self.__exit__()
+
+
+def _until_stopped(moments: Iterator[Any]) -> Iterator[Any]:
+    from limbeck.run import Stopped
+
+    try:
+        yield from moments
+    except Stopped as stop:
+        sys.exit(_say(str(stop), 130))
+
+
+def _progress() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _place(moment: "Moment") -> str:
+    return f"stage {moment.stage} ({moment.learner}), epoch {moment.epoch + 1}/{moment.epochs}"
+
+
+def _record(moment: "Moment") -> str:
+    assert moment.record is not None
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in moment.record.losses.items())
+    scores = "  ".join(f"{name} {value:.2f}" for name, value in moment.record.scores.items())
+    return f"{_place(moment)}:  {losses}  |  valid {scores}"
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(what, markup=False, highlight=False)
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"limbeck: {sentence}", file=sys.stderr)
+    return code
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from limbeck.core.refused import Refused
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"Device '{name}' cannot be used here ({str(error).splitlines()[0]}); expected cpu, or cuda where there is a GPU.") from None
+    return name
+
+
+if __name__ == "__main__":
+    main()
