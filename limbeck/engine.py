@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from limbeck.core import across
 from limbeck.core.batch import IGNORE, Batch
-from limbeck.core.keyed import number
+from limbeck.core.keyed import reseed
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme
 from limbeck.core.taps import Seen, Tapped
@@ -100,7 +100,7 @@ class Engine:
             epoch, place = divmod(self.step, self.loader.steps)
             for batch in self.loader.epoch(epoch, place):
                 began = time.perf_counter()
-                torch.manual_seed(number(self.seed, "step", self.stage, self.step))  # dropout draws alike in every arm and after a resume
+                reseed(self.device, self.seed, "step", self.stage, self.step)  # dropout is alike in every arm and after a resume
                 self._learn(_to(batch, self.device))
                 self.scheme.follow()
                 self.step += 1

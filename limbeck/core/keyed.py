@@ -33,6 +33,13 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(number(*parts))
 
 
+def reseed(device: torch.device, *parts: int | str) -> None:
+    """Seed the global generators that dropout draws from. `torch.manual_seed` would queue a call for every absent GPU, each time."""
+    torch.default_generator.manual_seed(number(*parts))
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(number(*parts))
+
+
 def keyed(lesson: Lesson, index: Int[Tensor, " b"], purpose: str, k: int = 1) -> Float[Tensor, "b {k}"]:
     """`k` uniform numbers in [0, 1) for each row, on the device of `index` (float32, 24 random bits)."""
     count = index.long()[:, None] * k + torch.arange(k, device=index.device)
@@ -45,9 +52,9 @@ def keyed(lesson: Lesson, index: Int[Tensor, " b"], purpose: str, k: int = 1) ->
 
 @contextmanager
 def forked(*parts: int | str) -> Iterator[None]:
-    """Inside, torch's global generator is seeded by `parts`; outside, nobody notices."""
-    with torch.random.fork_rng():
-        torch.manual_seed(number(*parts))
+    """Inside, torch's global CPU generator is seeded by `parts`; outside, nobody notices."""
+    with torch.random.fork_rng(devices=[]):  # modules are made on the CPU
+        torch.default_generator.manual_seed(number(*parts))
         yield
 
 

@@ -13,23 +13,23 @@ $$L = \lambda_D \operatorname*{mean}_{i,j}\, l_\delta\big(\psi_D(s), \psi_D(t)\b
 Each network is divided by its own $\mu$, and gradient passes through the student's.
 
 Weights: 25 and 50 are those of RepDistiller (`distiller_zoo/RKD.py`) and mdistiller (`distillers/RKD.py`) for
-classification, on the pooled feature. For metric learning the authors use 1 and 2 on the final embedding, with no
-task loss and the student not L2-normalised; for other data they advise to try 25 to 100 (lenscloth/RKD#6).
+classification, on the pooled feature. For metric learning the authors use 1 and 2 on the final embedding, with
+no task loss and the student not L2-normalised; for other data they advise to try 25 to 100 (lenscloth/RKD#6).
 
 Departures from the paper:
 - Means for its sums, so that weights do not depend on the batch size. As in the official code they are over all
-  $b^2$ pairs and $b^3$ triples, degenerate ones too (`i = j`, `i = k`, …); `mask_degenerate=True` averages over pairs
-  and triples of distinct rows.
+  $b^2$ pairs and $b^3$ triples, degenerate ones too (`i = j`, `i = k`, …); `mask_degenerate=True` averages over
+  pairs and triples of distinct rows.
 - The triplet loss of its metric-learning runs is a task, and no part of this file.
 
 Departures from the official code (lenscloth/RKD, `metric/loss.py`), all for the sake of numbers:
-- Rows that coincide up to rounding are at distance 0 (there 1e-6). Directions between them are 0, as there, but pass
-  no gradient; there they multiply it by 1e12.
-- Angles come from squared distances by the law of cosines, not from `b b d` differences. Distances come from a Gram
-  matrix of centred rows in float64, a small part of the work: cancellation between close points then costs nothing,
-  and neither autocast nor TF32 reaches it.
-- A large batch is done a block of vertices at a time, so memory grows with $b^2$ and not $b^3$ (no second derivative
-  there).
+- Rows that coincide up to rounding are at distance 0 (there 1e-6). Directions between them are 0, as there, but
+  pass no gradient; there they multiply it by 1e12.
+- Angles come from squared distances by the law of cosines, not from `b b d` differences. Distances come from a
+  Gram matrix of centred rows in float64, a small part of the work: cancellation between close points then costs
+  nothing, and neither autocast nor TF32 reaches it.
+- A large batch is done a block of vertices at a time, so memory grows with $b^2$ and not $b^3$ (such a loss has
+  no second derivative).
 - With several processes the relations are among all their rows; DataParallel would split them.
 - A tapped tensor of more than two axes is flattened from axis 1, as RepDistiller does.
 
@@ -70,7 +70,7 @@ def angle(
 ) -> Float[Tensor, ""]:
     """How far the student's angles are from the teacher's. No gradient passes to `t`.
 
-    `chunk` vertices are done at once (None: all of a small batch, a few of a large one); fewer need less memory.
+    `chunk` vertices are done at once (None: all of few rows, some of many); fewer take less memory.
     """
     b = len(s)
     if chunk is None:
@@ -140,7 +140,7 @@ def _exact(x: Tensor) -> torch.dtype:
 
 
 def _squares(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
-    """Squared distances in float64, exactly 0 on the diagonal and between rows that coincide up to rounding."""
+    """Squared distances in float64; exactly 0 on the diagonal and where rows coincide up to rounding."""
     x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Apple's GPUs know no float64
     with torch.autocast(x.device.type, enabled=False):
         x = x - x.mean(0)  # moves nothing apart, but keeps small what cancels below
@@ -153,8 +153,8 @@ def _squares(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
 
 
 def _half_squares(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
-    """Half the squared distances, in units of their mean so that float32 can hold them. Angles do not depend on
-    the unit, so it needs no gradient."""
+    """Half the squared distances, in units of their mean so that float32 can hold them. Angles do not depend
+    on the unit, so it needs no gradient."""
     square = _squares(x)
     mean = square.detach().mean()
     return 0.5 * square / mean.clamp(min=torch.finfo(mean.dtype).tiny)
@@ -183,8 +183,8 @@ def _cosines_into(
 class _Blockwise(torch.autograd.Function):
     r"""The Huber loss summed over all triples, a block of vertices at a time.
 
-    It is a scalar, so its gradient is taken while a block is at hand: none is kept, none is computed twice. At
-    vertex $j$ let $r_i = 1 / \sqrt{2 u_{ij}}$, $g_{ik}$ the slope of the loss (the gap, clipped to ±1) and
+    It is a scalar, so its gradient is taken while a block is at hand: none is kept, none is computed twice.
+    At vertex $j$ let $r_i = 1 / \sqrt{2 u_{ij}}$, $g_{ik}$ the slope of the loss (the gap, clipped to ±1) and
     $w_{ik} = g_{ik} r_i r_k$. Then
 
     $$\partial u_{ik} \mathrel{-}= w_{ik}, \qquad
