@@ -12,24 +12,25 @@ $$L = \lambda_D \operatorname*{mean}_{i,j}\, l_\delta\big(\psi_D(s), \psi_D(t)\b
 
 Each network is divided by its own $\mu$, and gradient passes through the student's.
 
-Weights: 25 and 50 are those of RepDistiller (`distiller_zoo/RKD.py`) and mdistiller (`distillers/RKD.py`) for
-classification, on the pooled feature. For metric learning the authors use 1 and 2 on the final embedding, with
-no task loss and the student not L2-normalised; for other data they advise to try 25 to 100 (lenscloth/RKD#6).
+Weights: 25 and 50 are those of RepDistiller (`distiller_zoo/RKD.py`) and mdistiller (`distillers/RKD.py`)
+for classification, on the pooled feature. For metric learning the authors use 1 and 2 on the final
+embedding, with no task loss and the student not L2-normalised; for other data they advise to try 25 to
+100 (lenscloth/RKD#6).
 
 Departures from the paper:
-- Means for its sums, so that weights do not depend on the batch size. As in the official code they are over all
-  $b^2$ pairs and $b^3$ triples, degenerate ones too (`i = j`, `i = k`, …); `mask_degenerate=True` averages over
-  pairs and triples of distinct rows.
+- Means for its sums, so that weights do not depend on the batch size. As in the official code they are
+  over all $b^2$ pairs and $b^3$ triples, degenerate ones too (`i = j`, `i = k`, …);
+  `mask_degenerate=True` averages over pairs and triples of distinct rows.
 - The triplet loss of its metric-learning runs is a task, and no part of this file.
 
 Departures from the official code (lenscloth/RKD, `metric/loss.py`), all for the sake of numbers:
-- Rows that coincide up to rounding are at distance 0 (there 1e-6). Directions between them are 0, as there, but
-  pass no gradient; there they multiply it by 1e12.
-- Angles come from squared distances by the law of cosines, not from `b b d` differences. Distances come from a
-  Gram matrix of centred rows in float64, a small part of the work: cancellation between close points then costs
-  nothing, and neither autocast nor TF32 reaches it.
-- A large batch is done a block of vertices at a time, so memory grows with $b^2$ and not $b^3$ (such a loss has
-  no second derivative).
+- Rows that coincide up to rounding are at distance 0 (there 1e-6). Directions between them are 0, as
+  there, but pass no gradient; there they multiply it by 1e12.
+- Angles come from squared distances by the law of cosines, not from `b b d` differences. Distances come
+  from a Gram matrix of centred rows in float64, a small part of the work: cancellation between close
+  points then costs nothing, and neither autocast nor TF32 reaches it.
+- A large batch is done a block of vertices at a time, so memory grows with $b^2$ and not $b^3$ (such a
+  loss has no second derivative).
 - With several processes the relations are among all their rows; DataParallel would split them.
 - A tapped tensor of more than two axes is flattened from axis 1, as RepDistiller does.
 
@@ -196,10 +197,10 @@ class _Blockwise(torch.autograd.Function):
         b = len(s)
         grad = torch.zeros_like(s)
         losses = []
-        room = s.new_empty(3, chunk, b, b)  # once: malloc scatters tensors made anew for each block
+        rooms = [s.new_empty(chunk, b, b) for _ in range(3)]  # made anew for each block, malloc scatters them
         for start in range(0, b, chunk):
             block = slice(start, min(start + chunk, b))
-            cosine, gap, slope = room[:, : block.stop - start]
+            cosine, gap, slope = (room[: block.stop - start] for room in rooms)
             _cosines_into(cosine, s, block)
             torch.sub(cosine, _cosines_into(slope, t, block), out=gap)
             if mask_degenerate:

@@ -14,6 +14,7 @@ from limbeck.core import across
 from limbeck.core.batch import Batch
 from limbeck.core.distiller import Distiller
 from limbeck.core.taps import Seen
+from limbeck.core.teachers import Frozen
 from limbeck.knowledge.relation.rkd import (
     DENSE,
     RKD,
@@ -80,6 +81,17 @@ def naive_angle(s: Tensor, t: Tensor) -> Tensor:
     def psi(x: Tensor) -> Tensor:
         e = F.normalize(x - x[:, None], dim=2)
         return e @ e.mT
+
+    return F.smooth_l1_loss(psi(s), psi(t))
+
+
+def naive_distance(s: Tensor, t: Tensor) -> Tensor:
+    """Through every difference, with autograd; rows must differ."""
+    b = len(s)
+
+    def psi(x: Tensor) -> Tensor:
+        far = ((x[:, None] - x).square().sum(2) + torch.eye(b)).sqrt() * (1 - torch.eye(b))  # no sqrt of 0
+        return far / (far.sum() / (b * (b - 1)))
 
     return F.smooth_l1_loss(psi(s), psi(t))
 
@@ -213,8 +225,8 @@ def test_9_two_rows_have_one_distance_and_no_angle(mask):
 # --- numbers ---
 
 
+@all_losses
 @both_averages
-@pytest.mark.parametrize("loss", LOSSES, ids=["distance", "angle", "angle-chunked"])
 def test_gradcheck(loss, mask):
     s, t = rows(5, 3).requires_grad_(), rows(5, 4, seed=1)
     assert torch.autograd.gradcheck(lambda s: loss(s, t, mask), s)
@@ -232,20 +244,10 @@ def test_float32_is_accurate_where_plain_float32_is_not():
     centres = rows(8, 64, seed=2).relu().repeat_interleave(12, 0)
     s = (centres + 1e-3 * rows(96, 64) + 30).float()
     t = rows(96, 32, seed=1, dtype=torch.float32).relu()
-    for ours, slow in [(angle, naive_angle), (distance, _slow_but_vectorised_distance)]:
+    for ours, slow in [(angle, naive_angle), (distance, naive_distance)]:
         grad, exact = slope(ours, s, t).double(), slope(slow, s.double(), t.double())
         torch.testing.assert_close(ours(s, t).double(), slow(s.double(), t.double()), rtol=1e-6, atol=0)
         assert (grad - exact).norm() <= 1e-4 * exact.norm()
-
-
-def _slow_but_vectorised_distance(s: Tensor, t: Tensor) -> Tensor:
-    b = len(s)
-
-    def psi(x: Tensor) -> Tensor:
-        far = ((x[:, None] - x).square().sum(2) + torch.eye(b)).sqrt() * (1 - torch.eye(b))
-        return far / (far.sum() / (b * (b - 1)))
-
-    return F.smooth_l1_loss(psi(s), psi(t))
 
 
 @all_losses
@@ -264,7 +266,6 @@ def test_half_precision_inputs_are_computed_in_float32(loss, dtype):
 def test_autocast_does_not_reach_the_computation(loss):
     s, t = rows(12, 16, dtype=torch.float32), rows(12, 24, seed=1, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert loss(s, t) == loss(s, t.float())
         inside = loss(s, t)
     assert inside == loss(s, t)
 
@@ -276,19 +277,19 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        # A view takes no memory; what it looks at was counted when it was made.
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self.numel = max([self.numel, *sizes])
+        # Of the storage: a broadcast view is as large as it looks only if it is written out.
+        stored = (x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(out) if isinstance(x, Tensor))
+        self.numel = max([self.numel, *stored])
         return out
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("chunk", [2, 5])
 def test_chunked_holds_a_chunk_and_no_more(chunk):
     b, d = 96, 160
     s, t = rows(b, d, dtype=torch.float32).requires_grad_(), rows(b, d, seed=1, dtype=torch.float32)
     with Largest() as largest:
         angle(s, t, chunk=chunk).backward()
-    assert largest.numel <= max(3 * chunk, 2) * b * b  # three blocks of room, made as one tensor
+    assert largest.numel <= chunk * b * b
     with Largest() as largest:
         distance(s, t).backward()
     assert largest.numel <= 2 * b * b
@@ -333,10 +334,7 @@ def test_teaches_a_student_through_the_distiller():
     torch.manual_seed(0)
     student = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
     teacher = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU())
-    x = torch.randn(32, 8)
-    taps = {"pooled": ""}
-    from limbeck.core.teachers import Frozen
-
+    x, taps = torch.randn(32, 8), {"pooled": ""}
     distiller = Distiller(student, Frozen(teacher, taps=taps), RKD(), example=(x, None), task=None, taps=taps)
     adam = torch.optim.Adam(distiller.parameters(), lr=1e-2)
     losses = []

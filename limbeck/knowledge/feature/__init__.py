@@ -1,0 +1,1 @@
+"""Features: what a teacher shows on the way to its answer."""

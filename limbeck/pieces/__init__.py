@@ -1,0 +1,1 @@
+"""Named mathematics that several methods share. It knows `core` and no method."""
