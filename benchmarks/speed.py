@@ -1,8 +1,9 @@
 """What the house costs: `python benchmarks/speed.py`.
 
-With networks so small that nothing else counts, one step through Engine + Offline + Distiller is timed against a hand-written loop of
-the same method, interleaved in one process at one thread, in CPU time. Also: what `import limbeck` adds to `import torch`, and how long
-`limbeck --help` takes. Prints a table; writes nothing.
+With networks so small that nothing else counts, one step through Engine + Offline + Distiller is timed
+against a hand-written loop of the same method, interleaved in one process at one thread, in CPU time. Also:
+what `import limbeck` adds to `import torch`, and how long `limbeck --help` takes. Prints a table; writes
+nothing.
 """
 
 import copy
@@ -43,7 +44,9 @@ class Same:
 
 def ours(student: nn.Module, teacher: nn.Module, batch: Batch) -> Callable[[], None]:
     distiller = Distiller(student, teacher, KD(), example=batch)
-    engine = Engine(Offline(distiller), Same(batch), {"student": Pace(_sgd(student), lambda step: 1.0)}, epochs=10**9)
+    engine = Engine(
+        Offline(distiller), Same(batch), {"student": Pace(_sgd(student), lambda step: 1.0)}, epochs=10**9
+    )
     lessons = engine.lessons()
 
     def go() -> None:
@@ -62,7 +65,9 @@ def by_hand(student: nn.Module, teacher: nn.Module, batch: Batch) -> Callable[[]
             s = student(batch.x)
             with torch.no_grad():
                 t = teacher(batch.x)
-            kl = F.kl_div(F.log_softmax(s / 4, 1), F.log_softmax(t / 4, 1), reduction="batchmean", log_target=True)
+            kl = F.kl_div(
+                F.log_softmax(s / 4, 1), F.log_softmax(t / 4, 1), reduction="batchmean", log_target=True
+            )
             loss = F.cross_entropy(s, batch.y) + 16 * kl
             optimiser.zero_grad()
             loss.backward()
@@ -81,7 +86,10 @@ def step_cost() -> tuple[float, float]:
     student, teacher = tiny(), tiny()
     data = Data(torch.randn(ROWS, 8), torch.randint(4, (ROWS,)), tuple("abcd"))
     batch = next(Loader(data, ROWS, seed=0).epoch(0))
-    arms = [ours(copy.deepcopy(student), teacher, batch), by_hand(copy.deepcopy(student), copy.deepcopy(teacher), batch)]
+    arms = [
+        ours(copy.deepcopy(student), teacher, batch),
+        by_hand(copy.deepcopy(student), copy.deepcopy(teacher), batch),
+    ]
     times: list[list[float]] = [[], []]
     for round_ in range(ROUNDS + 1):
         for arm, kept in zip(arms, times, strict=True):
@@ -108,7 +116,11 @@ if __name__ == "__main__":
     bare = seconds("-c", "import torch")
     rows = [
         ("framework cost of a step (ms over a hand-written loop)", mine - hand, 0.5),
-        ("`from limbeck import Distiller` over `import torch` (s)", seconds("-c", "from limbeck import Distiller") - bare, 0.2),
+        (
+            "`from limbeck import Distiller` over `import torch` (s)",
+            seconds("-c", "from limbeck import Distiller") - bare,
+            0.2,
+        ),
         ("`limbeck --help` (s)", seconds("-m", "limbeck.cli", "--help"), 0.4),
     ]
     print(f"torch {torch.__version__}, one thread; step by hand {hand:.3f} ms, ours {mine:.3f} ms")

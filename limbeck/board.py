@@ -1,7 +1,8 @@
 """The fair board: arms that differ in nothing but what is said, over seeds, against an honest control.
 
-Arms share data, label budget, initial weights and order of batches; whatever comes before the last stage (training the teacher) is done
-once a seed and used by all. Every cell is a run of its own, so a stopped board goes on where it was.
+Arms share data, label budget, initial weights and order of batches; whatever comes before the last stage
+(training the teacher) is done once a seed and used by all. Every cell is a run of its own, so a stopped board
+goes on where it was.
 """
 
 import json
@@ -23,7 +24,8 @@ CONTROL = "control"
 
 
 class Arms(recipe.Strict):
-    """A board as data: a recipe, seeds, and for each arm what its last stage does differently. `control` (no terms) is always there."""
+    """A board as data: a recipe, seeds, and for each arm what its last stage does differently. `control` (no
+    terms) is always there."""
 
     recipe: str | dict[str, Any]
     seeds: list[int] = Field([0, 1, 2], min_length=1)
@@ -44,10 +46,21 @@ class Cell:
 class Board:
     """Raises `Refused` at construction when any arm does not fit; nothing is written then."""
 
-    def __init__(self, whole: recipe.Recipe, arms: Mapping[str, Mapping[str, Any]], seeds: list[int], folder: Path, *, title: str = "", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        whole: recipe.Recipe,
+        arms: Mapping[str, Mapping[str, Any]],
+        seeds: list[int],
+        folder: Path,
+        *,
+        title: str = "",
+        device: str = "cpu",
+    ) -> None:
         self.folder, self.seeds, self.device = folder, seeds, device
         self.title = title or folder.name
-        self.plans = {name: _arm(whole, name, changes) for name, changes in {CONTROL: {"terms": []}, **arms}.items()}
+        self.plans = {
+            name: _arm(whole, name, changes) for name, changes in {CONTROL: {"terms": []}, **arms}.items()
+        }
         if len(set(seeds)) < len(seeds):
             raise Refused(f"The seeds {seeds} repeat; give each once.")
         self.whole = whole
@@ -89,7 +102,13 @@ class Board:
             first = self.whole.model_copy(update={"stages": self.whole.stages[:-1]})
             return Run(first, shared, seed=cell.seed, device=self.device)
         after = shared if len(self.whole.stages) > 1 else None
-        return Run(self.plans[cell.arm], self._cell_folder(cell.arm, cell.seed), seed=cell.seed, device=self.device, after=after)
+        return Run(
+            self.plans[cell.arm],
+            self._cell_folder(cell.arm, cell.seed),
+            seed=cell.seed,
+            device=self.device,
+            after=after,
+        )
 
     def _cell_folder(self, arm: str, seed: int) -> Path:
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in arm)
@@ -110,7 +129,10 @@ class Board:
             rows.append(
                 {
                     "name": name,
-                    "terms": [use.model_dump(mode="json", by_alias=True, exclude_defaults=True) for use in plan.stages[-1].terms],
+                    "terms": [
+                        use.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+                        for use in plan.stages[-1].terms
+                    ],
                     "scores": scores,
                     "mean": statistics.fmean(scores),
                     "sd": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -138,17 +160,35 @@ class Board:
         """The last learner of the shared stages: what the arms learned from."""
         if len(self.whole.stages) == 1:
             return []
-        results = [json.loads((self.folder / "cells" / f"shared-{seed}" / "result.json").read_text()) for seed in self.seeds]
+        results = [
+            json.loads((self.folder / "cells" / f"shared-{seed}" / "result.json").read_text())
+            for seed in self.seeds
+        ]
         scores = [r["scores"][metric] for r in results]
-        return [{"name": self.whole.stages[-2].learns, "scores": scores, "mean": statistics.fmean(scores), "sd": statistics.stdev(scores) if len(scores) > 1 else None, "parameters": results[0]["parameters"]}]
+        return [
+            {
+                "name": self.whole.stages[-2].learns,
+                "scores": scores,
+                "mean": statistics.fmean(scores),
+                "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+                "parameters": results[0]["parameters"],
+            }
+        ]
 
 
-def read(path: Path, changes: tuple[str, ...] = (), methods: tuple[str, ...] = (), seeds: int | None = None) -> tuple[recipe.Recipe, dict[str, dict[str, Any]], list[int], str]:
-    """A board from a board file, or from a recipe and the names of methods to put in place of its last stage's."""
+def read(
+    path: Path, changes: tuple[str, ...] = (), methods: tuple[str, ...] = (), seeds: int | None = None
+) -> tuple[recipe.Recipe, dict[str, dict[str, Any]], list[int], str]:
+    """A board from a board file, or from a recipe and the names of methods to put in place of its last
+    stage's."""
     content = recipe.read_toml(path)
     if "arms" in content:
         arms: Arms = recipe.checked(Arms, content, str(path))
-        whole = recipe.read(path.parent / arms.recipe, changes) if isinstance(arms.recipe, str) else recipe.parse(recipe.apply(arms.recipe, changes), str(path))
+        whole = (
+            recipe.read(path.parent / arms.recipe, changes)
+            if isinstance(arms.recipe, str)
+            else recipe.parse(recipe.apply(arms.recipe, changes), str(path))
+        )
         chosen, title, given = arms.arms, arms.title, arms.seeds
     else:
         whole = recipe.read(path, changes)
@@ -167,7 +207,13 @@ def paired(scores: list[float], control: list[float]) -> dict[str, Any]:
     gaps = [a - b for a, b in zip(scores, control, strict=True)]
     sd = statistics.stdev(gaps) if len(gaps) > 1 else None
     p = float(stats.ttest_rel(scores, control).pvalue) if len(gaps) >= 3 and sd else None
-    return {"mean": statistics.fmean(gaps), "sd": sd, "wins": sum(g > 0 for g in gaps), "of": len(gaps), "p": None if p is None or math.isnan(p) else p}
+    return {
+        "mean": statistics.fmean(gaps),
+        "sd": sd,
+        "wins": sum(g > 0 for g in gaps),
+        "of": len(gaps),
+        "p": None if p is None or math.isnan(p) else p,
+    }
 
 
 def verdict(arm: Mapping[str, Any]) -> str:

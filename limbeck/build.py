@@ -1,6 +1,7 @@
 """The one switchboard: here, and only here, the names of a recipe become objects.
 
-Order of assembly, everywhere: models → mean copies → taps → one eager dry batch → methods' modules → checks → device → optimisers.
+Order of assembly, everywhere: models → mean copies → taps → one eager dry batch → methods' modules → checks →
+device → optimisers.
 """
 
 import math
@@ -43,8 +44,14 @@ class Lab:
         try:
             return self._engine(number, stage)
         except ClassesDiffer as error:
-            blind = [name for name in registry.names("method") if "same_classes" not in registry.find("method", name).card.needs]
-            raise Refused(f"In stage {number}: {ClassesDiffer(error.method, error.s, error.t, blind)}") from None
+            blind = [
+                name
+                for name in registry.names("method")
+                if "same_classes" not in registry.find("method", name).card.needs
+            ]
+            raise Refused(
+                f"In stage {number}: {ClassesDiffer(error.method, error.s, error.t, blind)}"
+            ) from None
         except Refused as error:
             raise Refused(f"In stage {number}: {error}") from error.__cause__
 
@@ -75,11 +82,22 @@ class Lab:
         distiller.to(self.device)
         scheme: Scheme = registry.find("scheme", stage.scheme)(distiller)
         steps = stage.epochs * loader.steps
-        paces = {player: _pace(stage, player, parameters, steps) for player, parameters in scheme.players().items()}
+        paces = {
+            player: _pace(stage, player, parameters, steps) for player, parameters in scheme.players().items()
+        }
         unknown = set(stage.optim) - set(paces)
         if unknown:
             raise Refused(f"`optim.{min(unknown)}` names no player; the players are {', '.join(paces)}.")
-        return Engine(scheme, loader, paces, epochs=stage.epochs, seed=self.seed, accumulate=stage.accumulate, device=self.device, stage=number)
+        return Engine(
+            scheme,
+            loader,
+            paces,
+            epochs=stage.epochs,
+            seed=self.seed,
+            accumulate=stage.accumulate,
+            device=self.device,
+            stage=number,
+        )
 
     def loader(self, stage: Stage) -> Loader:
         data = self.splits.train
@@ -101,7 +119,10 @@ class Lab:
 
     def model(self, name: str) -> nn.Module:
         if name not in self.models:
-            raise Refused(f"'{name}' is a teacher made of other models (a mean or an ensemble); a learner must be a network.")
+            raise Refused(
+                f"'{name}' is a teacher made of other models (a mean or an ensemble); a learner must be a "
+                "network."
+            )
         return self.models[name]
 
     def teacher(self, name: str) -> Teacher:
@@ -127,12 +148,17 @@ def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
     """Load the data, make every network with weights fixed by (seed, name). Raises `Refused`."""
     seed = recipe.seed if seed is None else seed
     splits: Splits = registry.find("data", recipe.data)()
-    models = {name: _network(name, spec, splits.train, seed).to(device) for name, spec in recipe.models.items() if isinstance(spec, Net)}
+    models = {
+        name: _network(name, spec, splits.train, seed).to(device)
+        for name, spec in recipe.models.items()
+        if isinstance(spec, Net)
+    }
     return Lab(recipe, seed, splits, registry.find("task", recipe.task)(), models, torch.device(device))
 
 
 def rehearse(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> None:
-    """Assemble every stage once with untrained networks, so that what does not fit in the last is said before the first step."""
+    """Assemble every stage once with untrained networks, so that what does not fit in the last is said before
+    the first step."""
     trial = lab(recipe, seed, device)
     for number in range(len(recipe.stages)):
         trial.engine(number)
@@ -146,7 +172,9 @@ def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:
         try:
             model = factory(**{**wanted, **spec.knobs})
         except (TypeError, ValueError, RuntimeError) as error:
-            raise Refused(f"Model '{name}' ({spec.name}) cannot be made with {spec.knobs}: {error}.") from error
+            raise Refused(
+                f"Model '{name}' ({spec.name}) cannot be made with {spec.knobs}: {error}."
+            ) from error
     if spec.weights is not None:
         _fit(model, checkpoint.load_weights(Path(spec.weights)), f"model '{name}'", spec.weights)
     return model
@@ -159,7 +187,10 @@ def _fit(model: nn.Module, weights: dict[str, torch.Tensor], called: str, source
         if name not in weights:
             raise Refused(f"{source} does not fit {called}: it lacks '{name}' {tuple(tensor.shape)}.")
         if weights[name].shape != tensor.shape:
-            raise Refused(f"{source} does not fit {called}: '{name}' is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}.")
+            raise Refused(
+                f"{source} does not fit {called}: '{name}' is {tuple(weights[name].shape)}, expected "
+                f"{tuple(tensor.shape)}."
+            )
     extra = weights.keys() - own.keys()
     if extra:
         raise Refused(f"{source} does not fit {called}: it has '{min(extra)}', which the model has not.")
@@ -192,12 +223,22 @@ def _pace(stage: Stage, player: str, parameters: Any, steps: int) -> Pace:
     spec = stage.optim.get(player) or stage.optim.get("student") or Optim()
     values = list(parameters.values())
     if not values:
-        raise Refused(f"Player '{player}' has no parameter that learns; unfreeze something, or leave the stage out.")
+        raise Refused(
+            f"Player '{player}' has no parameter that learns; unfreeze something, or leave the stage out."
+        )
     optimiser: torch.optim.Optimizer
     if spec.name == "sgd":
-        optimiser = torch.optim.SGD(values, spec.lr, spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov and spec.momentum > 0)
+        optimiser = torch.optim.SGD(
+            values,
+            spec.lr,
+            spec.momentum,
+            weight_decay=spec.weight_decay,
+            nesterov=spec.nesterov and spec.momentum > 0,
+        )
     else:
-        optimiser = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name](values, spec.lr, weight_decay=spec.weight_decay)
+        optimiser = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name](
+            values, spec.lr, weight_decay=spec.weight_decay
+        )
     return Pace(optimiser, _course(spec, steps))
 
 

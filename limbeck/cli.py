@@ -12,15 +12,20 @@ if TYPE_CHECKING:
     from limbeck.board import Board
     from limbeck.run import Moment, Run
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 Where = Annotated[Path | None, typer.Option("--out", help="The folder to work in (default: runs/NAME).")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: stages.1.epochs=2 (may be repeated).")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Change the recipe: stages.1.epochs=2 (may be repeated).")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
 def main() -> None:
-    """Run the command line. What limbeck refuses is one sentence and exit code 2; an asked-for stop is exit code 130."""
+    """Run the command line. What limbeck refuses is one sentence and exit code 2; an asked-for stop is exit
+    code 130."""
     from limbeck.core.refused import Refused
 
     try:
@@ -61,7 +66,10 @@ def resume(
 @app.command()
 def board(
     source: Annotated[Path, typer.Argument(help="A board or a recipe (.toml).")],
-    methods: Annotated[str | None, typer.Option(help="Methods to compare, separated by commas; default: the board's own arms.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods to compare, separated by commas; default: the board's own arms."),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
     out: Where = None,
     set_: Sets = None,
@@ -73,7 +81,9 @@ def board(
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip()) if methods else ()
     whole, arms, given, title = boards.read(source, tuple(set_ or ()), chosen, seeds)
-    table = boards.Board(whole, arms, given, out or Path("runs") / source.stem, title=title, device=_device(device))
+    table = boards.Board(
+        whole, arms, given, out or Path("runs") / source.stem, title=title, device=_device(device)
+    )
     _watch_board(table)
     result = table.result()
     page = report.write(table.folder, result)
@@ -82,7 +92,9 @@ def board(
 
 
 @app.command("list")
-def list_(kind: Annotated[str, typer.Argument(help="method, lens, scheme, task, view, data or model.")] = "method") -> None:
+def list_(
+    kind: Annotated[str, typer.Argument(help="method, lens, scheme, task, view, data or model.")] = "method",
+) -> None:
     """What there is of a kind, found by listing its folder."""
     from limbeck import registry
     from limbeck.core.refused import Refused
@@ -99,7 +111,15 @@ def list_(kind: Annotated[str, typer.Argument(help="method, lens, scheme, task, 
         columns.add_column(heading)
     for name in registry.names("method"):
         card = registry.find("method", name).card
-        columns.add_row(name, str(card.year), ", ".join(card.knowledge), card.paper, card.fidelity, ", ".join(card.taps), ", ".join(sorted(card.needs)))
+        columns.add_row(
+            name,
+            str(card.year),
+            ", ".join(card.knowledge),
+            card.paper,
+            card.fidelity,
+            ", ".join(card.taps),
+            ", ".join(sorted(card.needs)),
+        )
     _print(columns)
 
 
@@ -120,8 +140,10 @@ def show(what: Annotated[str, typer.Argument(help="A method, or a recipe (.toml)
             [
                 (sys.modules[method.__module__].__doc__ or "").strip(),
                 "",
-                f"Teaches: {', '.join(card.knowledge)}. Fidelity: {card.fidelity}. Paper: {card.paper} ({card.year}).",
-                f"Taps: {', '.join(card.taps) or 'none'}. Needs: {', '.join(sorted(card.needs)) or 'nothing special'}.",
+                f"Teaches: {', '.join(card.knowledge)}. Fidelity: {card.fidelity}. Paper: {card.paper} "
+                f"({card.year}).",
+                f"Taps: {', '.join(card.taps) or 'none'}. Needs: "
+                f"{', '.join(sorted(card.needs)) or 'nothing special'}.",
                 "Knobs:",
                 *(knobs or ["  none"]),
             ]
@@ -155,11 +177,16 @@ def _watch_board(table: "Board") -> None:
             within = 1.0 if moment is None else moment.done
             bar.update(line, completed=cell.number + within, description=f"{name}, seed {cell.seed}")
             if moment is None:
-                bar.console.print(f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: done", markup=False, highlight=False)
+                bar.console.print(
+                    f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: done",
+                    markup=False,
+                    highlight=False,
+                )
 
 
 class _stoppable:
-    """The first Ctrl-C or SIGTERM asks for a stop between two batches; a second one is the usual interruption."""
+    """The first Ctrl-C or SIGTERM asks for a stop between two batches; a second one is the usual
+    interruption."""
 
     def __init__(self, work: Any) -> None:
         self.work = work
@@ -224,7 +251,10 @@ def _device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise Refused(f"Device '{name}' cannot be used here ({str(error).splitlines()[0]}); expected cpu, or cuda where there is a GPU.") from None
+        raise Refused(
+            f"Device '{name}' cannot be used here ({str(error).splitlines()[0]}); expected cpu, or cuda "
+            "where there is a GPU."
+        ) from None
     return name
 
 

@@ -43,7 +43,8 @@ class Pace:
 
 @dataclass
 class Record:
-    """What an epoch gave: mean losses by name (each times its weight), scores on the validation split, seconds of training."""
+    """What an epoch gave: mean losses by name (each times its weight), scores on the validation split,
+    seconds of training."""
 
     stage: int
     epoch: int
@@ -57,11 +58,12 @@ class Record:
 
 
 class Engine:
-    """One stage of training. `lessons` yields after every batch; between two yields the state is whole and may be saved.
+    """One stage of training. `lessons` yields after every batch; between two yields the state is whole and
+    may be saved.
 
     Args:
-        scheme: who learns and whose turn it is. loader: where batches come from. paces: an optimiser for each player, by name;
-        a player without one uses none and is refused. accumulate: micro-batches a step.
+        scheme: who learns and whose turn it is. loader: where batches come from. paces: an optimiser for each
+            player, by name; a player without one uses none and is refused. accumulate: micro-batches a step.
     """
 
     def __init__(
@@ -84,23 +86,32 @@ class Engine:
         self.seconds = 0.0
         self.sums: dict[str, Tensor] = {}
         if self.players.keys() != self.paces.keys():
-            raise Refused(f"The players are {', '.join(self.players)} and optimisers were given for {', '.join(self.paces)}; give each player one.")
+            raise Refused(
+                f"The players are {', '.join(self.players)} and optimisers were given for "
+                f"{', '.join(self.paces)}; give each player one."
+            )
         whole = scheme.refuse_cut()
         if accumulate > 1 and whole is not None:
-            raise Refused(f"The loss of '{whole}' compares the rows of a batch, so a batch cannot be cut into {accumulate} micro-batches; set accumulate = 1.")
+            raise Refused(
+                f"The loss of '{whole}' compares the rows of a batch, so a batch cannot be cut into "
+                f"{accumulate} micro-batches; set accumulate = 1."
+            )
 
     @property
     def done(self) -> bool:
         return self.step >= self.epochs * self.loader.steps
 
     def lessons(self) -> Iterator[Record | None]:
-        """Train to the end from wherever the state is. Yields None after a batch, and a `Record` after the last of an epoch."""
+        """Train to the end from wherever the state is. Yields None after a batch, and a `Record` after the
+        last of an epoch."""
         self.scheme.train()
         while not self.done:
             epoch, place = divmod(self.step, self.loader.steps)
             for batch in self.loader.epoch(epoch, place):
                 began = time.perf_counter()
-                reseed(self.device, self.seed, "step", self.stage, self.step)  # dropout is alike in every arm and after a resume
+                reseed(
+                    self.device, self.seed, "step", self.stage, self.step
+                )  # dropout is alike in every arm and after a resume
                 self._learn(_to(batch, self.device))
                 self.scheme.follow()
                 self.step += 1
@@ -108,8 +119,8 @@ class Engine:
                 yield self._record(epoch) if self.step % self.loader.steps == 0 else None
 
     def _learn(self, batch: Any) -> None:
-        """All turns of one batch. Micro-batches go through the plan side by side, so that whoever learns first has learned from
-        the whole batch before the next turn looks at it."""
+        """All turns of one batch. Micro-batches go through the plan side by side, so that whoever learns
+        first has learned from the whole batch before the next turn looks at it."""
         parts = list(_parts(batch, self.accumulate))
         plans = [(share, self.scheme.turns(part)) for share, part in parts]
         while True:
@@ -155,7 +166,14 @@ class Engine:
             pace.optimiser.load_state_dict(state["optimisers"][name])
 
 
-def evaluate(model: nn.Module, task: Task, batches: Iterator[Batch], *, taps: Mapping[str, str] | None = None, device: torch.device | str = "cpu") -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    batches: Iterator[Batch],
+    *,
+    taps: Mapping[str, str] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
     """Scores of a model in eval, without gradient; its modes are put back as they were."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
@@ -175,8 +193,8 @@ def _answers(tapped: Tapped, batches: Iterator[Batch], device: torch.device) -> 
 
 
 def _parts(batch: Any, parts: int) -> Iterator[tuple[float, Any]]:
-    """(share of the rows, micro-batch). Each is told how many labelled rows its mean divides by, so that the sum of the parts is
-    the mean over the whole batch of all processes."""
+    """(share of the rows, micro-batch). Each is told how many labelled rows its mean divides by, so that the
+    sum of the parts is the mean over the whole batch of all processes."""
     if parts == 1:
         yield 1.0, batch
         return
@@ -184,7 +202,9 @@ def _parts(batch: Any, parts: int) -> Iterator[tuple[float, Any]]:
     cut: dict[str, list[Batch]] = {}
     for name, whole in streams.items():
         if whole.rows < parts:
-            raise Refused(f"A batch of {whole.rows} rows cannot be cut into {parts} micro-batches; lower accumulate.")
+            raise Refused(
+                f"A batch of {whole.rows} rows cannot be cut into {parts} micro-batches; lower accumulate."
+            )
         pieces = list(whole.split(parts))
         if whole.y is not None:
             labelled = across.total((whole.y != IGNORE).sum()).float() / across.processes()
@@ -193,8 +213,15 @@ def _parts(batch: Any, parts: int) -> Iterator[tuple[float, Any]]:
     lead = max(streams, key=lambda name: streams[name].rows)
     for n in range(parts):
         share = cut[lead][n].rows / streams[lead].rows
-        yield share, cut[""][n] if isinstance(batch, Batch) else {name: pieces[n] for name, pieces in cut.items()}
+        yield (
+            share,
+            cut[""][n] if isinstance(batch, Batch) else {name: pieces[n] for name, pieces in cut.items()},
+        )
 
 
 def _to(batch: Any, device: torch.device) -> Any:
-    return batch.to(device) if isinstance(batch, Batch) else {name: part.to(device) for name, part in batch.items()}
+    return (
+        batch.to(device)
+        if isinstance(batch, Batch)
+        else {name: part.to(device) for name, part in batch.items()}
+    )

@@ -8,7 +8,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from limbeck.core.refused import Refused
 
@@ -18,7 +28,8 @@ class Strict(BaseModel):
 
 
 class Open(BaseModel):
-    """Further keys are the knobs of what it names; they are checked against its signature when the recipe is read."""
+    """Further keys are the knobs of what it names; they are checked against its signature when the recipe is
+    read."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
@@ -28,7 +39,8 @@ class Open(BaseModel):
 
 
 class Net(Open):
-    """A network: its name in `models/` or `package.module:factory`, its knobs, and how it is looked at when it teaches."""
+    """A network: its name in `models/` or `package.module:factory`, its knobs, and how it is looked at when
+    it teaches."""
 
     name: str
     weights: str | None = None
@@ -71,7 +83,9 @@ class Use(Open):
     model_config = ConfigDict(populate_by_name=True)
 
     method: str
-    teachers: Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)] = Field(["teacher"], alias="teacher")
+    teachers: Annotated[list[str], Field(min_length=1), BeforeValidator(_listed)] = Field(
+        ["teacher"], alias="teacher"
+    )
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     ramp: Growth | None = None
     view: str | None = None
@@ -79,7 +93,8 @@ class Use(Open):
 
 
 class Made(Strict):
-    """A learner made from a trained model when its stage begins. `change` is `copy` or `package.module:function` (model → model)."""
+    """A learner made from a trained model when its stage begins. `change` is `copy` or
+    `package.module:function` (model → model)."""
 
     name: str
     origin: str = Field(alias="from")
@@ -106,7 +121,9 @@ def _learner_kind(value: Any) -> str:
 class Stage(Strict):
     """Somebody learns for some epochs. Without terms it is ordinary training."""
 
-    learner: Annotated[Annotated[str, Tag("<name>")] | Annotated[Made, Tag("<made>")], Discriminator(_learner_kind)]
+    learner: Annotated[
+        Annotated[str, Tag("<name>")] | Annotated[Made, Tag("<made>")], Discriminator(_learner_kind)
+    ]
     epochs: int = Field(ge=1)
     batch: int = Field(64, ge=1)
     labels: int | None = Field(None, ge=0)
@@ -128,7 +145,9 @@ def _named(value: Any) -> Any:
 
 
 def _model_kind(value: Any) -> str:
-    has = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, BaseModel) else {}
+    has = (
+        value if isinstance(value, dict) else type(value).model_fields if isinstance(value, BaseModel) else {}
+    )
     return "<mean>" if "mean_of" in has else "<group>" if "ensemble" in has else "<net>"
 
 
@@ -163,7 +182,13 @@ class Recipe(Strict):
                 for teacher in use.teachers:
                     _known(f"stages.{n}.terms.{k}.teacher", teacher, known)
         for name, model in self.models.items():
-            for other in [model.mean_of] if isinstance(model, Mean) else model.ensemble if isinstance(model, Group) else []:
+            for other in (
+                [model.mean_of]
+                if isinstance(model, Mean)
+                else model.ensemble
+                if isinstance(model, Group)
+                else []
+            ):
                 _known(f"models.{name}", other, [*self.models, *made])
         return self
 
@@ -177,7 +202,8 @@ class Recipe(Strict):
 
 
 def read(path: Path, changes: Sequence[str] = ()) -> Recipe:
-    """A recipe from a TOML file, with `--set` changes such as `stages.1.epochs=2`. Raises `Refused`, naming file and field."""
+    """A recipe from a TOML file, with `--set` changes such as `stages.1.epochs=2`. Raises `Refused`, naming
+    file and field."""
     return parse(apply(read_toml(path), changes), str(path))
 
 
@@ -211,7 +237,8 @@ def checked(model: Any, content: Any, source: str, *checks: Any) -> Any:
 
 
 def apply(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """`a.0.b=value` changes on plain data; the value is TOML, or else a string. Raises `Refused` for a place that is not there."""
+    """`a.0.b=value` changes on plain data; the value is TOML, or else a string. Raises `Refused` for a place
+    that is not there."""
     content = json.loads(json.dumps(content))
     for change in changes:
         path, equals, text = change.partition("=")
@@ -231,14 +258,20 @@ def apply(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         except (ValueError, IndexError, TypeError, AttributeError):
             equals = ""
         if not equals:
-            raise Refused(f"The change '{change}' cannot be made; expected KEY=VALUE with a place that is there, for example stages.1.epochs=2.")
+            raise Refused(
+                f"The change '{change}' cannot be made; expected KEY=VALUE with a place that is there, for "
+                "example stages.1.epochs=2."
+            )
     return content
 
 
 def _known(where: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        raise Refused(f"{where} names '{name}', which is no model of this recipe{f' (did you mean {near[0]!r}?)' if near else ''}; its models are {', '.join(known)}.")
+        raise Refused(
+            f"{where} names '{name}', which is no model of this "
+            f"recipe{f' (did you mean {near[0]!r}?)' if near else ''}; its models are {', '.join(known)}."
+        )
 
 
 def _check_knobs(recipe: Recipe) -> None:
@@ -249,7 +282,9 @@ def _check_knobs(recipe: Recipe) -> None:
         registry.find("data", recipe.data)
     for name, model in recipe.models.items():
         if isinstance(model, Net):
-            _fit_knobs(f"models.{name}", registry.find("model", model.name), model, given=("classes", "channels"))
+            _fit_knobs(
+                f"models.{name}", registry.find("model", model.name), model, given=("classes", "channels")
+            )
             if model.view:
                 registry.find("view", model.view)
     for n, stage in enumerate(recipe.stages):
@@ -271,26 +306,35 @@ def _fit_knobs(where: str, factory: Any, spec: Open, given: Sequence[str] = ()) 
     for knob, value in spec.knobs.items():
         if knob not in known:
             names = [*known, *type(spec).model_fields]
-            raise Refused(f"unknown key `{knob}` at {where}{_meant(knob, names)}; its knobs are {', '.join(known) or 'none'}.")
+            raise Refused(
+                f"unknown key `{knob}` at {where}{_meant(knob, names)}; its knobs are "
+                f"{', '.join(known) or 'none'}."
+            )
         annotation = known[knob].annotation
         if annotation is not known[knob].empty:
             try:
                 TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
             except ValidationError as error:
-                raise Refused(f"{where}.{knob} is {value!r}: {_expected(error.errors()[0]['msg'])}.") from None
+                raise Refused(
+                    f"{where}.{knob} is {value!r}: {_expected(error.errors()[0]['msg'])}."
+                ) from None
     missing = [n for n, p in known.items() if p.default is p.empty and n not in spec.knobs and n not in given]
     if missing:
         raise Refused(f"{where} lacks `{missing[0]}`, which {getattr(factory, '__name__', factory)} needs.")
 
 
 def _sentence(model: Any, error: ValidationError) -> str:
-    first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")  # a misspelt key also makes one missing
+    # A misspelt key also makes one missing; the misspelling is what to say.
+    first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")
     loc = [str(part) for part in first["loc"] if not str(part).startswith("<")]
     where = ".".join(loc)
     if first["type"] == "extra_forbidden":
         kinds = (Recipe, Stage, Made, Optim, Growth, Mean, Group, model)
-        names = [field.alias or name for kind in kinds for name, field in getattr(kind, "model_fields", {}).items()]
-        return f"unknown key `{loc[-1]}`{' at ' + '.'.join(loc[:-1]) if loc[:-1] else ''}{_meant(loc[-1], names)}."
+        names = [
+            field.alias or name for kind in kinds for name, field in getattr(kind, "model_fields", {}).items()
+        ]
+        place = f" at {'.'.join(loc[:-1])}" if loc[:-1] else ""
+        return f"unknown key `{loc[-1]}`{place}{_meant(loc[-1], names)}."
     if first["type"] == "missing":
         return f"`{where}` is missing; it is required."
     if first["type"] == "value_error":

@@ -13,7 +13,8 @@ from limbeck.core.refused import Refused
 
 _HERE = Path(__file__).parent
 
-# kind → (folder, the class a file's one subclass extends; None: the file's function of this name, "" meaning the file's own name)
+# kind → (folder, the class a file's one subclass extends; None: the file's function of this name, "" meaning
+# the file's own name)
 KINDS: dict[str, tuple[str, str | None, str]] = {
     "method": ("knowledge", "Method", ""),
     "lens": ("knowledge", None, ""),
@@ -26,14 +27,16 @@ KINDS: dict[str, tuple[str, str | None, str]] = {
 
 
 def find(kind: str, name: str) -> Any:
-    """The class or function called `name`, or the object at `package.module:name`. Raises `Refused` with the near names."""
+    """The class or function called `name`, or the object at `package.module:name`. Raises `Refused` with the
+    near names."""
     if ":" in name:
         return _outside(kind, name)
     known = names(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise Refused(
-            f"There is no {kind} '{name}'{' (did you mean ' + ' or '.join(repr(n) for n in near) + '?)' if near else ''}; "
+            f"There is no {kind} "
+            f"'{name}'{' (did you mean ' + ' or '.join(repr(n) for n in near) + '?)' if near else ''}; "
             f"known: {', '.join(known) or 'none'}; or give the path of your own, 'package.module:name'."
         )
     module = importlib.import_module(known[name])
@@ -60,7 +63,11 @@ def names(kind: str) -> dict[str, str]:
 
 def knobs(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The keyword knobs of a method's class or a model's factory, by name."""
-    return {n: p for n, p in inspect.signature(factory).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {
+        n: p
+        for n, p in inspect.signature(factory).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
 
 
 def _outside(kind: str, path: str) -> Any:
@@ -68,23 +75,42 @@ def _outside(kind: str, path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        raise Refused(f"The {kind} '{path}' cannot be imported: {error}; expected 'package.module:name' of something on the Python path.") from None
+        raise Refused(
+            f"The {kind} '{path}' cannot be imported: {error}; expected 'package.module:name' of something "
+            "on the Python path."
+        ) from None
     except AttributeError:
-        raise Refused(f"The {kind} '{path}' does not exist: module '{module}' has no '{attribute}'.") from None
+        raise Refused(
+            f"The {kind} '{path}' does not exist: module '{module}' has no '{attribute}'."
+        ) from None
 
 
 def _defines(path: Path, parent: str | None, name: str) -> bool:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if parent is not None and isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id == parent for b in node.bases):
+        if (
+            parent is not None
+            and isinstance(node, ast.ClassDef)
+            and any(isinstance(b, ast.Name) and b.id == parent for b in node.bases)
+        ):
             return True
         if parent is None and isinstance(node, ast.FunctionDef) and node.name == name:
             return True
-        if name == "MODELS" and isinstance(node, ast.Assign | ast.AnnAssign) and "MODELS" in ast.unparse(node).split("=")[0]:
+        if (
+            name == "MODELS"
+            and isinstance(node, ast.Assign | ast.AnnAssign)
+            and "MODELS" in ast.unparse(node).split("=")[0]
+        ):
             return True
     return False
 
 
 def _only_subclass(module: Any, parent: str) -> Any:
-    mine = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__ and any(b.__name__ == parent for b in c.__bases__)]
+    mine = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c)
+        and c.__module__ == module.__name__
+        and any(b.__name__ == parent for b in c.__bases__)
+    ]
     assert len(mine) == 1, f"{module.__name__} must define one {parent}, found {len(mine)}"
     return mine[0]

@@ -1,8 +1,9 @@
-"""The life of one run: a recipe, a folder, and whatever it takes to get from one to the other, in as many sittings as needed.
+"""The life of one run: a recipe, a folder, and whatever it takes to get from one to the other, in as many
+sittings as needed.
 
-    run.json        what is done, with what, since when        metrics.jsonl   a line per epoch
-    checkpoint.*    where we are, between two batches          NAME.safetensors, NAME.json   what ships
-    result.json     scores, seconds, parameters: there when the run is finished
+run.json        what is done, with what, since when        metrics.jsonl   a line per epoch
+checkpoint.*    where we are, between two batches          NAME.safetensors, NAME.json   what ships
+result.json     scores, seconds, parameters: there when the run is finished
 """
 
 import json
@@ -44,10 +45,12 @@ class Run:
     """One recipe under one seed in one folder.
 
     Args:
-        after: the folder of a finished run of this recipe's first stages under the same seed; they are taken from there.
+        after: the folder of a finished run of this recipe's first stages under the same seed; they are taken
+            from there.
         every: seconds between checkpoints; 0 saves after every batch.
 
-    Raises `Refused` when the recipe does not fit its models and data, or the folder belongs to another run; nothing is written then.
+    Raises `Refused` when the recipe does not fit its models and data, or the folder belongs to another run;
+    nothing is written then.
     """
 
     def __init__(
@@ -61,7 +64,10 @@ class Run:
         every: float = 60.0,
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise Refused(f"`limbeck run` was started as {os.environ['WORLD_SIZE']} processes and runs in one; start it without torchrun.")
+            raise Refused(
+                f"`limbeck run` was started as {os.environ['WORLD_SIZE']} processes and runs in one; start "
+                "it without torchrun."
+            )
         self.plan, self.folder, self.every, self.device = plan, folder, every, device
         self.seed = plan.seed if seed is None else seed
         self.fingerprint = _fingerprint(plan, self.seed)
@@ -114,7 +120,10 @@ class Run:
                     self._save(engine)
                     saved = time.monotonic()
                 if self._stop:
-                    raise Stopped(f"Stopped in stage {self.stage} after step {engine.step}; go on with: limbeck resume {self.folder}")
+                    raise Stopped(
+                        f"Stopped in stage {self.stage} after step {engine.step}; go on with: limbeck "
+                        f"resume {self.folder}"
+                    )
             self.stage += 1
             if self.stage == len(self.plan.stages):
                 self._finish(engine)
@@ -135,24 +144,41 @@ class Run:
     def _take(self, state: dict[str, Any]) -> None:
         self.stage, self.records, self._halfway = state["stage"], list(state["records"]), state["engine"]
         for stage in self.plan.stages[: self.stage]:
-            self.lab.learner(stage)  # what was made from another is made again, so that its weights have a place
+            self.lab.learner(
+                stage
+            )  # what was made from another is made again, so that its weights have a place
         for name, weights in state["models"].items():
             self.lab.models[name].load_state_dict(weights)
 
     def _finish(self, engine: Engine) -> None:
         shipped = engine.scheme.shipped()
         learner = self.plan.stages[-1].learns
-        scores = {f"{split}.{name}": value for split in ("valid", "test") for name, value in self._scores(engine, split).items()}
+        scores = {
+            f"{split}.{name}": value
+            for split in ("valid", "test")
+            for name, value in self._scores(engine, split).items()
+        }
         parameters = sum(p.numel() for p in shipped.parameters())
         about = {"model": learner, "parameters": parameters, "scores": scores, **self._about()}
         checkpoint.save_weights(self.folder / f"{learner}.safetensors", shipped.state_dict(), about)
         last = [r for r in self.records if r["stage"] == len(self.plan.stages) - 1]
-        result = {"shipped": f"{learner}.safetensors", "scores": scores, "parameters": parameters, "seconds": sum(r["seconds"] for r in last)}
+        result = {
+            "shipped": f"{learner}.safetensors",
+            "scores": scores,
+            "parameters": parameters,
+            "seconds": sum(r["seconds"] for r in last),
+        }
         self._write("result.json", result)
 
     def _scores(self, engine: Engine, split: str) -> dict[str, float]:
         loader = Loader(getattr(self.lab.splits, split), 256, seed=self.seed)
-        return evaluate(engine.scheme.shipped(), self.lab.task, loader.once(256), taps=self._taps(), device=self.lab.device)
+        return evaluate(
+            engine.scheme.shipped(),
+            self.lab.task,
+            loader.once(256),
+            taps=self._taps(),
+            device=self.lab.device,
+        )
 
     def _taps(self) -> dict[str, str] | None:
         spec = self.plan.models.get(self.plan.stages[min(self.stage, len(self.plan.stages) - 1)].learns)
@@ -161,7 +187,14 @@ class Run:
     def _moment(self, engine: Engine, record: Record | None) -> Moment:
         stage = self.plan.stages[self.stage]
         total = engine.epochs * engine.loader.steps
-        return Moment(self.stage, stage.learns, max(engine.step - 1, 0) // engine.loader.steps, stage.epochs, engine.step / total, record)
+        return Moment(
+            self.stage,
+            stage.learns,
+            max(engine.step - 1, 0) // engine.loader.steps,
+            stage.epochs,
+            engine.step / total,
+            record,
+        )
 
     # --- files ---
 
@@ -178,14 +211,19 @@ class Run:
         checkpoint.write_atomic(self.folder / name, json.dumps(content, indent=1).encode())
 
     def _write_metrics(self) -> None:
-        checkpoint.write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        checkpoint.write_atomic(
+            self.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.records).encode()
+        )
 
 
 def resume(folder: Path, **options: Any) -> Run:
     """The run that a folder holds, where it stopped. Raises `Refused` when there is none."""
     started = _read(folder / "run.json")
     if started is None:
-        raise Refused(f"{folder} holds no run (it has no run.json); give the folder of a run that was started, for example runs/NAME.")
+        raise Refused(
+            f"{folder} holds no run (it has no run.json); give the folder of a run that was started, for "
+            "example runs/NAME."
+        )
     plan = recipe.parse(started["recipe"], str(folder / "run.json"))
     return Run(plan, folder, seed=started["seed"], **options)
 
@@ -219,7 +257,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read ({error}); restore it from a copy, or remove its folder to start again.") from None
+        raise Refused(
+            f"{path} cannot be read ({error}); restore it from a copy, or remove its folder to start again."
+        ) from None
 
 
 def _other_run(folder: Path, started: dict[str, Any], plan: recipe.Recipe, seed: int) -> str:

@@ -1,7 +1,9 @@
-"""What crosses process borders: gathering with gradient, and means over all processes. One process: the identity.
+"""What crosses process borders: gathering with gradient, and means over all processes. One process: the
+identity.
 
-Convention: every process computes *its share of one global loss*, and DDP or FSDP2 average the gradients. A gathered loss is
-the same on every process; a mean over labelled rows divides by the average number of labelled rows a process holds.
+Convention: every process computes *its share of one global loss*, and DDP or FSDP2 average the gradients. A
+gathered loss is the same on every process; a mean over labelled rows divides by the average number of
+labelled rows a process holds.
 """
 
 import torch
@@ -20,7 +22,9 @@ def rank() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 
-def gather(x: Float[Tensor, "b *rest"] | Int[Tensor, "b *rest"]) -> Float[Tensor, "all *rest"] | Int[Tensor, "all *rest"]:
+def gather(
+    x: Float[Tensor, "b *rest"] | Int[Tensor, "b *rest"],
+) -> Float[Tensor, "all *rest"] | Int[Tensor, "all *rest"]:
     """The rows of all processes, in rank order. Gradient flows back to the process a row came from."""
     return x if processes() == 1 else _Gather.apply(x)
 
@@ -35,7 +39,8 @@ def total(x: Tensor) -> Tensor:
 
 
 def labelled_mean(values: Float[Tensor, " *rows"], batch: Batch) -> Float[Tensor, ""]:
-    """Mean of `values` (one per label) over the rows that carry a label, of all processes and micro-batches; 0 when none does.
+    """Mean of `values` (one per label) over the rows that carry a label, of all processes and micro-batches;
+    0 when none does.
 
     A mean over one's own labelled rows would be wrong whenever processes hold different numbers of them.
     """
@@ -47,7 +52,8 @@ def labelled_mean(values: Float[Tensor, " *rows"], batch: Batch) -> Float[Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather of unequal row counts. Backward: each process' loss saw my rows, so their gradients are summed."""
+    """all_gather of unequal row counts. Backward: each process' loss saw my rows, so their gradients are
+    summed."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ IGNORE = -100
 class Lesson:
     """The only clock, and the few facts about the training set that a method may need.
 
-    `labels` (long, one per training sample, on the CPU) lets a memory bank know every sample's class at build time.
+    `labels` (long, one per training sample, on the CPU) lets a memory bank know every sample's class at build
+    time.
     """
 
     seed: int = 0
@@ -31,11 +33,13 @@ class Lesson:
 class Batch:
     """Rows shown to a model.
 
-    x: a tensor whose first axis is the rows, or a mapping of such tensors (then models are called by keyword).
+    x: a tensor whose first axis is the rows, or a mapping of such tensors (then models are called by
+        keyword).
     y: labels, `-100` where there is none; None when the data has no labels at all.
     index: each row's number in its data set (long); everything random about a row is a hash of it.
-    labelled: what a mean over labelled rows divides by. None means "the labelled rows here, averaged over processes".
-        The engine sets it when a step is cut into micro-batches, so that their sum is the true gradient.
+    labelled: what a mean over labelled rows divides by. None means "the labelled rows here, averaged over
+        processes". The engine sets it when a step is cut into micro-batches, so that their sum is the true
+        gradient.
     """
 
     x: Any
@@ -50,7 +54,8 @@ class Batch:
         return int(first.shape[0])
 
     def replace(self, **changes: Any) -> "Batch":
-        """A copy with some fields changed. When the number of rows changes, `labelled` follows in proportion."""
+        """A copy with some fields changed. When the number of rows changes, `labelled` follows in
+        proportion."""
         changed = replace(self, **changes)
         if self.labelled is not None and "labelled" not in changes and changed.rows != self.rows:
             changed = replace(changed, labelled=self.labelled * (changed.rows / self.rows))
@@ -68,7 +73,7 @@ class Batch:
     def split(self, parts: int) -> Iterator["Batch"]:
         """Cut the rows into `parts` consecutive batches of nearly equal size (at most one row apart)."""
         edges = [self.rows * i // parts for i in range(parts + 1)]
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             yield self.map(lambda v, a=a, b=b: v[a:b])  # type: ignore[misc]
 
 

@@ -1,7 +1,8 @@
 """The offline lesson as one `nn.Module`: a student and its methods, told by teachers what to do.
 
-The student and the methods' modules are its children; teachers are not (they follow the batch's device). So an optimiser over
-`distiller.parameters()` trains all that should learn, and DDP, FSDP2 or `torch.compile` wrap it whole.
+The student and the methods' modules are its children; teachers are not (they follow the batch's device). So
+an optimiser over `distiller.parameters()` trains all that should learn, and DDP, FSDP2 or `torch.compile`
+wrap it whole.
 
     distiller = Distiller(student, teacher, [KD(temperature=4)], example=(x, y))
     for x, y in loader:
@@ -57,15 +58,17 @@ class Distiller(nn.Module):
         student: the network that learns. It is used as it is; its `state_dict` stays the plain model's.
         teacher: an `nn.Module` (then it is `Frozen`), a `Teacher`, or None when every term names its own.
         methods: methods and terms, in any mix. A term of weight 0 is not built.
-        example: a batch `(x, y)` or `Batch` to take shapes from. Nothing learns or moves while it is looked at.
+        example: a batch `(x, y)` or `Batch` to take shapes from. Nothing learns or moves while it is looked
+            at.
         task: the ordinary loss beside the methods; None trains without labels.
         task_weight: its weight.
         view: what the student is shown instead of the batch (teachers own their views).
         taps: names for looks inside the student, as in `Tapped`.
         seed: fixes the initial weights of the methods' modules.
 
-    `forward` returns the named losses, their sum `loss` and the student's `logits`; in eval mode the student's output alone.
-    Raises `Refused` at construction when the pair, the taps, the methods or the example do not fit.
+    `forward` returns the named losses, their sum `loss` and the student's `logits`; in eval mode the
+    student's output alone. Raises `Refused` at construction when the pair, the taps, the methods or the
+    example do not fit.
     """
 
     def __init__(
@@ -100,7 +103,10 @@ class Distiller(nn.Module):
             self._tapped.look(looks)
             self._teachers[use.teacher].look(looks)
         if task is None and not self._uses:
-            raise Refused("There is nothing to learn from: no task loss and no method of weight above 0; give at least one.")
+            raise Refused(
+                "There is nothing to learn from: no task loss and no method of weight above 0; give at "
+                "least one."
+            )
 
         batch = example if isinstance(example, Batch) else Batch(example[0], example[1])
         self._dry_run(batch)
@@ -108,7 +114,9 @@ class Distiller(nn.Module):
 
     # --- one batch ---
 
-    def forward(self, x: Any, y: Tensor | None = None, index: Tensor | None = None, lesson: Lesson | None = None) -> Any:
+    def forward(
+        self, x: Any, y: Tensor | None = None, index: Tensor | None = None, lesson: Lesson | None = None
+    ) -> Any:
         batch = x if isinstance(x, Batch) else Batch(x, y, index, lesson or Lesson())
         if not self.training:
             return self._tapped(batch.x).out
@@ -122,7 +130,8 @@ class Distiller(nn.Module):
         return Sight([(self._tapped(b.x), b) for b in viewed], [teacher(batch) for teacher in self._teachers])
 
     def losses(self, sight: Sight) -> dict[str, Tensor]:
-        """The student's losses by name, each times its weight and ramp (a ramp at 0 multiplies, it never skips)."""
+        """The student's losses by name, each times its weight and ramp (a ramp at 0 multiplies, it never
+        skips)."""
         losses: dict[str, Tensor] = {}
         if self.task is not None:
             losses["task"] = self.task_weight * self.task(*sight.students[0])
@@ -138,10 +147,14 @@ class Distiller(nn.Module):
             method = self._method(use)
             s, batch = sight.students[use.view]
             for name in method.rivals():
-                yield f"{use.key}.{name}", method.rival_loss(name, s.detach(), sight.teachers[use.teacher].detach(), batch)
+                yield (
+                    f"{use.key}.{name}",
+                    method.rival_loss(name, s.detach(), sight.teachers[use.teacher].detach(), batch),
+                )
 
     def players(self) -> dict[str, dict[str, nn.Parameter]]:
-        """What learns: each rival by `method.rival`, and `student` (the student and the methods' own modules)."""
+        """What learns: each rival by `method.rival`, and `student` (the student and the methods' own
+        modules)."""
         named = {name: p for name, p in self.named_parameters() if p.requires_grad}
         players: dict[str, dict[str, nn.Parameter]] = {}
         for use in self._uses:
@@ -176,7 +189,10 @@ class Distiller(nn.Module):
             return
         teachers = term.teachers or ((only,) if only is not None else ())
         if not teachers:
-            raise Refused(f"Method '{_name(term)}' has no teacher; give the Distiller a teacher or the term its `teachers`.")
+            raise Refused(
+                f"Method '{_name(term)}' has no teacher; give the Distiller a teacher or the term its "
+                "`teachers`."
+            )
         for lens in term.through:
             if isinstance(lens, nn.Module):
                 self.lenses.append(lens)
@@ -184,7 +200,8 @@ class Distiller(nn.Module):
             lacks = term.method.card.needs & {"teacher_model", "teacher_gradient"} - teacher.offers
             if lacks:
                 raise Refused(
-                    f"Method '{_name(term)}' needs {' and '.join(sorted(lacks))}, which a {type(teacher).__name__} teacher cannot give; "
+                    f"Method '{_name(term)}' needs {' and '.join(sorted(lacks))}, which a "
+                    f"{type(teacher).__name__} teacher cannot give; "
                     "use a live single teacher."
                 )
             name = _name(term)
@@ -213,7 +230,8 @@ class Distiller(nn.Module):
         return weight * self._method(use).loss(s, t, batch)
 
     def _dry_run(self, batch: Batch) -> None:
-        """One eager look at the example in train mode; then modules are built; then every loss is tried. Nothing of it stays."""
+        """One eager look at the example in train mode; then modules are built; then every loss is tried.
+        Nothing of it stays."""
         device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
         batch = batch.to(device)
         to_work(self.student)
@@ -221,7 +239,9 @@ class Distiller(nn.Module):
         with forked(self.seed, "dry run"):
             try:
                 viewed = [batch if view is None else view(batch) for view in self._views]
-                sight = Sight([(self._tapped.check(b.x), b) for b in viewed], [t.check(batch) for t in self._teachers])
+                sight = Sight(
+                    [(self._tapped.check(b.x), b) for b in viewed], [t.check(batch) for t in self._teachers]
+                )
             finally:
                 with torch.no_grad():
                     for name, b in self.student.named_buffers():
@@ -237,15 +257,23 @@ class Distiller(nn.Module):
         if isinstance(s.out, Tensor) and isinstance(t.out, Tensor):
             if len(s.out) != len(t.out):
                 raise Refused(
-                    f"Method '{use.name}' would compare {len(s.out)} rows of the student with {len(t.out)} of the teacher; give both the "
+                    f"Method '{use.name}' would compare {len(s.out)} rows of the student with {len(t.out)} "
+                    "of the teacher; give both the "
                     "same view, or views that keep the number of rows."
                 )
             if "same_classes" in method.card.needs and s.out.shape[1:] != t.out.shape[1:]:
                 raise ClassesDiffer(use.name, s.out.shape[1:], t.out.shape[1:])
         for need in ("labels", "index"):
             if need in method.card.needs and (batch.y if need == "labels" else batch.index) is None:
-                raise Refused(f"Method '{use.name}' needs {need}, and the example has none; give the batch its `{'y' if need == 'labels' else 'index'}`.")
-        shapes = ", ".join(f"'{n}' {tuple(s.at[n].shape)} and {tuple(t.at[n].shape)}" for n in method.looks() if n in s.at and n in t.at)
+                raise Refused(
+                    f"Method '{use.name}' needs {need}, and the example has none; give the batch its "
+                    f"`{'y' if need == 'labels' else 'index'}`."
+                )
+        shapes = ", ".join(
+            f"'{n}' {tuple(s.at[n].shape)} and {tuple(t.at[n].shape)}"
+            for n in method.looks()
+            if n in s.at and n in t.at
+        )
         try:
             with forked(self.seed, "build", use.key):
                 method.build(s, t, batch)
@@ -259,12 +287,19 @@ class Distiller(nn.Module):
             raise
         except (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
             raise Refused(
-                f"Method '{use.name}' cannot compare this pair (student and teacher show {shapes or 'no taps'}): {str(error).splitlines()[0]}"
+                f"Method '{use.name}' cannot compare this pair (student and teacher show "
+                f"{shapes or 'no taps'}): {str(error).splitlines()[0]}"
             ) from error
         if loss.ndim or not torch.isfinite(loss):
-            raise Refused(f"The loss of '{use.name}' on the example is {loss.detach()}, expected one finite number; look at the data and the taps.")
+            raise Refused(
+                f"The loss of '{use.name}' on the example is {loss.detach()}, expected one finite number; "
+                "look at the data and the taps."
+            )
         if not loss.requires_grad:
-            raise Refused(f"The loss of '{use.name}' does not depend on the student's weights, so it would teach nothing; check its taps.")
+            raise Refused(
+                f"The loss of '{use.name}' does not depend on the student's weights, so it would teach "
+                "nothing; check its taps."
+            )
 
 
 class ClassesDiffer(Refused):
@@ -272,15 +307,21 @@ class ClassesDiffer(Refused):
 
     def __init__(self, method: str, s: torch.Size, t: torch.Size, still: Sequence[str] = ()) -> None:
         self.method, self.s, self.t = method, s, t
-        works = f"methods that do not read class scores still work: {', '.join(still)}" if still else "feature and relation methods still work"
+        works = (
+            f"methods that do not read class scores still work: {', '.join(still)}"
+            if still
+            else "feature and relation methods still work"
+        )
         super().__init__(
-            f"Method '{method}' compares class scores, and the student has {s[0] if s else 0} classes where the teacher has {t[0] if t else 0}; "
+            f"Method '{method}' compares class scores, and the student has {s[0] if s else 0} classes where "
+            f"the teacher has {t[0] if t else 0}; "
             f"{works}; or say with `columns` which of the teacher's outputs scores each class."
         )
 
 
 def _seat(row: list[Any], item: Any) -> int:
-    """The place of `item` in `row`, taken at its end if it has none yet: who is in the row once is asked once."""
+    """The place of `item` in `row`, taken at its end if it has none yet: who is in the row once is asked
+    once."""
     if not any(x is item for x in row):
         row.append(item)
     return next(i for i, x in enumerate(row) if x is item)
@@ -289,4 +330,6 @@ def _seat(row: list[Any], item: Any) -> int:
 def _name(term: Term) -> str:
     """The term's own name, else its method's: the file it lives in, for ours, the class for others'."""
     home = type(term.method).__module__
-    return term.name or (home.rpartition(".")[2] if home.startswith("limbeck.") else type(term.method).__name__.lower())
+    return term.name or (
+        home.rpartition(".")[2] if home.startswith("limbeck.") else type(term.method).__name__.lower()
+    )

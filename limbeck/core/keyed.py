@@ -1,8 +1,8 @@
 """Counted randomness: every draw is a hash of (seed, epoch, index, purpose, k).
 
-So a draw does not depend on the batch a sample fell into, on the worker, the process or on how often we resumed; and two
-views that name the same purpose see the same number. A `torch.Generator` per sample would cost 7.6 µs a draw; here a whole
-batch is hashed at once.
+So a draw does not depend on the batch a sample fell into, on the worker, the process or on how often we
+resumed; and two views that name the same purpose see the same number. A `torch.Generator` per sample would
+cost 7.6 µs a draw; here a whole batch is hashed at once.
 """
 
 from collections.abc import Iterator
@@ -29,12 +29,14 @@ def number(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `parts`; for permutations and initial weights, where a hash per element is no help."""
+    """A CPU generator seeded by `parts`; for permutations and initial weights, where a hash per element is no
+    help."""
     return torch.Generator().manual_seed(number(*parts))
 
 
 def reseed(device: torch.device, *parts: int | str) -> None:
-    """Seed the global generators that dropout draws from. `torch.manual_seed` would queue a call for every absent GPU, each time."""
+    """Seed the global generators that dropout draws from. `torch.manual_seed` would queue a call for every
+    absent GPU, each time."""
     torch.default_generator.manual_seed(number(*parts))
     if device.type == "cuda":
         torch.cuda.manual_seed_all(number(*parts))

@@ -17,11 +17,14 @@ NEEDS = ("teacher_model", "teacher_gradient", "same_classes", "labels", "index")
 class Card:
     """What is to be known about a method without running it.
 
-    paper: `arXiv:…` or a DOI. year: of publication. knowledge: which of response, feature, relation it teaches.
-    taps: the taps it reads by default. fidelity: `paper` (its equations), `code` (the official code's, where they differ) or
-    `reconstruction` (the source leaves gaps that we filled). needs: of `NEEDS`, what it cannot do without.
-    per_sample: the loss is a mean of one term a row, so a batch may be cut into micro-batches. order_free: the order of rows does
-    not matter. zero_at_match: the loss is 0 when the student shows exactly what the teacher shows.
+    paper: `arXiv:…` or a DOI. year: of publication. knowledge: which of response, feature, relation it
+        teaches.
+    taps: the taps it reads by default. fidelity: `paper` (its equations), `code` (the official code's, where
+        they differ) or `reconstruction` (the source leaves gaps that we filled). needs: of `NEEDS`, what it
+        cannot do without.
+    per_sample: the loss is a mean of one term a row, so a batch may be cut into micro-batches. order_free:
+        the order of rows does not matter. zero_at_match: the loss is 0 when the student shows exactly what
+        the teacher shows.
     """
 
     paper: str
@@ -41,10 +44,11 @@ class Card:
 
 
 class Method(nn.Module, ABC):
-    """Keyword knobs whose defaults are the paper's → `build` makes modules from shapes → `loss` is mathematics.
+    """Keyword knobs whose defaults are the paper's → `build` makes modules from shapes → `loss` is
+    mathematics.
 
-    Modules made in `build` learn with the student and are dropped after training. Whatever a method remembers between steps
-    is a registered buffer, so that a resumed run remembers it too.
+    Modules made in `build` learn with the student and are dropped after training. Whatever a method remembers
+    between steps is a registered buffer, so that a resumed run remembers it too.
     """
 
     card: ClassVar[Card]
@@ -55,17 +59,20 @@ class Method(nn.Module, ABC):
             return tuple(self.taps)  # type: ignore[arg-type]
         return (self.tap,) if hasattr(self, "tap") else self.card.taps  # type: ignore[return-value]
 
-    def build(self, s: Seen, t: Seen, batch: Batch) -> None:  # noqa: B027 (most methods have nothing to build)
-        """Make modules from the shapes in `s` and `t`. The only place where `t.model` may be read. Raises `Refused`."""
+    def build(self, s: Seen, t: Seen, batch: Batch) -> None:
+        """Make modules from the shapes in `s` and `t`. The only place where `t.model` may be read. Raises
+        `Refused`."""
 
     @abstractmethod
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
         """The scalar the student lowers. `batch` is what the student was shown."""
 
     def rivals(self) -> dict[str, nn.Module]:
-        """Submodules that learn against the student (a discriminator): each is a player with an optimiser of its own."""
+        """Submodules that learn against the student (a discriminator): each is a player with an optimiser of
+        its own."""
         return {}
 
     def rival_loss(self, name: str, s: Seen, t: Seen, batch: Batch) -> Tensor:
-        """The scalar the rival `name` lowers, asked for before the student's turn; `s` and `t` are detached."""
+        """The scalar the rival `name` lowers, asked for before the student's turn; `s` and `t` are
+        detached."""
         raise KeyError(name)

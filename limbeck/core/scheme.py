@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from limbeck.core.batch import Batch, Lesson, View
+from limbeck.core.batch import Lesson, View
 from limbeck.core.method import Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
@@ -18,7 +18,8 @@ Turn = tuple[str, dict[str, Tensor]]
 """One step of one player: its name and the named losses it lowers."""
 
 Lens = Callable[[Seen, Seen], tuple[Seen, Seen, float | Tensor]]
-"""Changes what a method compares (logit standardisation): `(s, t) -> (s, t, factor)`, the factor multiplies the loss."""
+"""Changes what a method compares (logit standardisation): `(s, t) -> (s, t, factor)`, the factor multiplies
+the loss."""
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda p: p,
@@ -29,7 +30,8 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that grows from 0 to its full value: it stands at 0 for `after` epochs and is full in the `epochs`-th one after that."""
+    """A weight that grows from 0 to its full value: it stands at 0 for `after` epochs and is full in the
+    `epochs`-th one after that."""
 
     epochs: int
     after: int = 0
@@ -37,7 +39,10 @@ class Ramp:
 
     def __post_init__(self) -> None:
         if self.shape not in _SHAPES or self.epochs < 1 or self.after < 0:
-            raise Refused(f"Cannot ramp over {self.epochs} epochs after {self.after} with shape '{self.shape}'; epochs >= 1, after >= 0, shape one of {', '.join(_SHAPES)}.")
+            raise Refused(
+                f"Cannot ramp over {self.epochs} epochs after {self.after} with shape '{self.shape}'; "
+                f"epochs >= 1, after >= 0, shape one of {', '.join(_SHAPES)}."
+            )
 
     def __call__(self, lesson: Lesson) -> float:
         return _SHAPES[self.shape](min(max((lesson.epoch + 1 - self.after) / self.epochs, 0.0), 1.0))
@@ -47,8 +52,10 @@ class Ramp:
 class Term:
     """A method in use.
 
-    teachers: whom it listens to (empty: the only one there is); with several it is built once for each and the mean is taken.
-    view: what the student is shown for this term, when that differs from everybody's. through: lenses, first to last.
+    teachers: whom it listens to (empty: the only one there is); with several it is built once for each and
+        the mean is taken.
+    view: what the student is shown for this term, when that differs from everybody's. through: lenses, first
+        to last.
     """
 
     method: Method
@@ -69,7 +76,8 @@ class Scheme(ABC):
 
     @abstractmethod
     def turns(self, batch: Any) -> Iterator[Turn]:
-        """What happens with one batch (a `Batch`, or a dict of them by stream). Resumed after each player's step."""
+        """What happens with one batch (a `Batch`, or a dict of them by stream). Resumed after each player's
+        step."""
 
     @abstractmethod
     def shipped(self) -> nn.Module:
@@ -87,7 +95,8 @@ class Scheme(ABC):
         return ()
 
     def refuse_cut(self) -> str | None:
-        """The name of a loss that cannot be cut into micro-batches because it compares rows; None when all can."""
+        """The name of a loss that cannot be cut into micro-batches because it compares rows; None when all
+        can."""
         return None
 
     def follow(self) -> None:
@@ -113,8 +122,8 @@ class Scheme(ABC):
 
 
 def to_work(module: nn.Module) -> None:
-    """Train mode for a learner: all of it, except subtrees that own parameters of which none learns. Those are in eval with everything
-    below them, BatchNorm and dropout too."""
+    """Train mode for a learner: all of it, except subtrees that own parameters of which none learns. Those
+    are in eval with everything below them, BatchNorm and dropout too."""
     module.train()
     for child in module.modules():
         own = list(child.parameters())

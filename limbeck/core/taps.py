@@ -8,7 +8,8 @@ A tap names a tensor inside any `nn.Module`:
     encoder[hidden][2]    the third element of entry `hidden` of a mapping or a ModelOutput
     [logits]              entry `logits` of the model's own output
 
-A model may carry a table `TAPS = {"stage1": "layer1", ...}`, so that methods can ask for the field's own words.
+A model may carry a table `TAPS = {"stage1": "layer1", ...}`, so that methods can ask for the field's own
+words.
 """
 
 import difflib
@@ -31,7 +32,8 @@ class Seen:
     """What one forward showed.
 
     out: the model's answer (logits, embedding, map …). at: the tapped tensors by name.
-    mask: for token inputs, True where a token counts (`b n`); None means all do. model: who answered; None when stored.
+    mask: for token inputs, True where a token counts (`b n`); None means all do. model: who answered; None
+        when stored.
     """
 
     out: Any
@@ -47,14 +49,17 @@ class Seen:
 class Tapped:
     """A model and the names it is looked at by.
 
-    `taps` maps a name to a tap; names that it lacks are looked up in the model's `TAPS`, then taken as taps themselves. The entry
-    `out` says where in the model's output the answer is (`"[logits]"`); without it a tensor is itself, a mapping answers with its
-    entry `logits`, anything else is passed on as it is.
+    `taps` maps a name to a tap; names that it lacks are looked up in the model's `TAPS`, then taken as taps
+    themselves. The entry `out` says where in the model's output the answer is (`"[logits]"`); without it a
+    tensor is itself, a mapping answers with its entry `logits`, anything else is passed on as it is.
 
-    The model is not rewritten: hooks are put on for as long as this object lives, and are deaf except during its own call.
+    The model is not rewritten: hooks are put on for as long as this object lives, and are deaf except during
+    its own call.
     """
 
-    def __init__(self, model: nn.Module, taps: Mapping[str, str] | None = None, called: str = "model") -> None:
+    def __init__(
+        self, model: nn.Module, taps: Mapping[str, str] | None = None, called: str = "model"
+    ) -> None:
         self.model = model
         self.table = {**getattr(model, "TAPS", {}), **(taps or {})}
         self.called = called
@@ -63,7 +68,8 @@ class Tapped:
         self._out_keys = _parse("out", self.table["out"])[2] if "out" in self.table else None
 
     def look(self, names: Iterable[str]) -> None:
-        """Look at these too from now on. Raises `Refused` for a tap that does not exist, naming the near ones."""
+        """Look at these too from now on. Raises `Refused` for a tap that does not exist, naming the near
+        ones."""
         for name in names:
             if name in self.names:
                 continue
@@ -86,14 +92,17 @@ class Tapped:
         if len(at) < len(self.names):
             missing = next(n for n in self.names if n not in at)
             raise Refused(
-                f"Tap '{missing}' of the {self.called} showed nothing: its module was not called in this forward (a copy or a "
-                "wrapper of the model was called, or it was compiled before it was tapped); tap a module that runs."
+                f"Tap '{missing}' of the {self.called} showed nothing: its module was not called in this "
+                "forward (a copy or a "
+                "wrapper of the model was called, or it was compiled before it was tapped); tap a module "
+                "that runs."
             )
         mask = x["attention_mask"].bool() if isinstance(x, Mapping) and "attention_mask" in x else None
         return Seen(self._answer(out), at, mask, self.model)
 
     def check(self, x: Any) -> Seen:
-        """One call that also notices what a traced call cannot: a tap changed in place afterwards, or caught more than once."""
+        """One call that also notices what a traced call cannot: a tap changed in place afterwards, or caught
+        more than once."""
         self._ear.versions, self._ear.counts = {}, {}
         seen = self(x)
         versions, counts = self._ear.versions, self._ear.counts
@@ -101,12 +110,15 @@ class Tapped:
         for name, tensor in seen.at.items():
             if tensor._version != versions[name]:
                 raise Refused(
-                    f"Tap '{name}' of the {self.called} is changed in place after it is read (often by an activation with "
-                    "inplace=True), so a loss on it would see other values; tap the layer that follows, or set inplace=False."
+                    f"Tap '{name}' of the {self.called} is changed in place after it is read (often by an "
+                    "activation with "
+                    "inplace=True), so a loss on it would see other values; tap the layer that follows, or "
+                    "set inplace=False."
                 )
             if counts[name] > 1:
                 raise Refused(
-                    f"Tap '{name}' of the {self.called} is called {counts[name]} times in one forward, so it does not name one "
+                    f"Tap '{name}' of the {self.called} is called {counts[name]} times in one forward, so "
+                    "it does not name one "
                     "tensor; tap a module that runs once."
                 )
         return seen
@@ -115,9 +127,13 @@ class Tapped:
         modules = dict(self.model.named_modules())
         if path not in modules:
             known = [*self.table, *(m for m in modules if m)]
-            near = difflib.get_close_matches(path, known, n=5, cutoff=0.5) or [*self.table, *(n for n, _ in self.model.named_children())]
+            near = difflib.get_close_matches(path, known, n=5, cutoff=0.5) or [
+                *self.table,
+                *(n for n, _ in self.model.named_children()),
+            ]
             raise Refused(
-                f"Tap '{name}' does not exist in the {self.called} ({type(self.model).__name__}); near names are: "
+                f"Tap '{name}' does not exist in the {self.called} ({type(self.model).__name__}); near "
+                "names are: "
                 f"{', '.join(near[:8])}."
             )
         return modules[path]
@@ -158,7 +174,10 @@ class _Hook:
     def _catch(self, value: Any) -> None:
         value = _choose(value, self.keys, self.name)
         if not isinstance(value, Tensor):
-            raise Refused(f"Tap '{self.name}' shows {_describe(value)}, expected one tensor; choose an element, as in '{_example(self.name, value)}'.")
+            raise Refused(
+                f"Tap '{self.name}' shows {_describe(value)}, expected one tensor; choose an element, as in "
+                f"'{_example(self.name, value)}'."
+            )
         self.ear.caught[self.name] = value
         if self.ear.versions is not None and self.ear.counts is not None:
             self.ear.versions[self.name] = value._version
@@ -168,14 +187,19 @@ class _Hook:
 def _parse(name: str, tap: str) -> tuple[str, str | None, tuple[str, ...]]:
     found = _TAP.fullmatch(tap)
     if found is None:
-        raise Refused(f"Tap '{name}' = '{tap}' cannot be read; expected PATH, PATH:in or PATH[key], for example 'layer3', 'fc:in' or 'encoder[0]'.")
+        raise Refused(
+            f"Tap '{name}' = '{tap}' cannot be read; expected PATH, PATH:in or PATH[key], for example "
+            "'layer3', 'fc:in' or 'encoder[0]'."
+        )
     return found["path"], found["side"], tuple(re.findall(r"\[([^\[\]]+)\]", found["keys"]))
 
 
 def _choose(value: Any, keys: tuple[str, ...], name: str) -> Any:
     for key in keys:
         try:
-            value = value[int(key)] if key.lstrip("-").isdigit() and not isinstance(value, dict) else value[key]
+            value = (
+                value[int(key)] if key.lstrip("-").isdigit() and not isinstance(value, dict) else value[key]
+            )
         except (KeyError, IndexError, TypeError):
             raise Refused(f"Tap '{name}' asks for [{key}], found {_describe(value)}.") from None
     return value
@@ -186,7 +210,9 @@ def _describe(value: Any) -> str:
         return f"a mapping with entries {', '.join(map(str, value))}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}" + (f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "")
+    return f"a {type(value).__name__}" + (
+        f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    )
 
 
 def _example(name: str, value: Any) -> str:

@@ -14,7 +14,8 @@ from limbeck.core.taps import Seen
 
 
 def labelled_cross_entropy(s: Seen, batch: Batch) -> Float[Tensor, ""]:
-    """Cross-entropy of `s.out` (`b k` or `b k …`), mean over the labelled rows of the whole step; 0 when there are none."""
+    """Cross-entropy of `s.out` (`b k` or `b k …`), mean over the labelled rows of the whole step; 0 when
+    there are none."""
     assert batch.y is not None
     return across.labelled_mean(F.cross_entropy(s.out, batch.y, reduction="none", ignore_index=IGNORE), batch)
 

@@ -1,4 +1,5 @@
-"""Who teaches. A teacher does not learn by gradient; it is always in eval and nothing of it moves, BatchNorm included."""
+"""Who teaches. A teacher does not learn by gradient; it is always in eval and nothing of it moves, BatchNorm
+included."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -14,7 +15,8 @@ from limbeck.core.taps import Seen, Tapped
 
 
 class Teacher(ABC):
-    """Two verbs: `teacher(batch)` without gradient, and `through(x)`, which lets gradient pass to x but never to a parameter."""
+    """Two verbs: `teacher(batch)` without gradient, and `through(x)`, which lets gradient pass to x but never
+    to a parameter."""
 
     offers: ClassVar[frozenset[str]] = frozenset({"teacher_model", "teacher_gradient"})
 
@@ -51,7 +53,8 @@ class Frozen(Teacher):
         model: any module. Its flags are left as they are: it may learn again in a later stage.
         taps: names for looks inside it, as in `Tapped`.
         view: what it is shown instead of the batch.
-        normalise: (mean, std), numbers or one per channel, applied to x after the view: for a teacher trained on other statistics.
+        normalise: (mean, std), numbers or one per channel, applied to x after the view: for a teacher trained
+            on other statistics.
         device: where it lives; None follows the batch, and answers come back to the batch's device.
         precision: a dtype for autocast (bfloat16, float16); answers come back in float32.
         columns: for each of the student's classes, the teacher's output column that scores it.
@@ -119,12 +122,15 @@ class Frozen(Teacher):
         return self._as_asked(seen, home)
 
     def _as_asked(self, seen: Seen, home: torch.device) -> Seen:
-        """The answer on the batch's device, in float32 if it was computed in less, with the student's classes."""
+        """The answer on the batch's device, in float32 if it was computed in less, with the student's
+        classes."""
 
         def back(v: Any) -> Any:
             if not isinstance(v, Tensor):
                 return v
-            return v.to(home, torch.float32 if self.precision is not None and v.is_floating_point() else v.dtype)
+            return v.to(
+                home, torch.float32 if self.precision is not None and v.is_floating_point() else v.dtype
+            )
 
         out = back(seen.out)
         if self.columns is not None:
@@ -133,13 +139,22 @@ class Frozen(Teacher):
 
 
 class MeanOf(Teacher):
-    """A running mean of a learner's weights (Tarvainen & Valpola 2017; arXiv:1703.01780), moved after each of its steps.
+    """A running mean of a learner's weights (Tarvainen & Valpola 2017; arXiv:1703.01780), moved after each of
+    its steps.
 
-    Float buffers are averaged and integer ones copied: a mean of the weights with the first day's BatchNorm statistics is no model.
-    The decay grows as `min(1 - 1/(steps + 1), decay)`, so that early weights are forgotten.
+    Float buffers are averaged and integer ones copied: a mean of the weights with the first day's BatchNorm
+    statistics is no model. The decay grows as `min(1 - 1/(steps + 1), decay)`, so that early weights are
+    forgotten.
     """
 
-    def __init__(self, learner: nn.Module, *, decay: float = 0.999, taps: Mapping[str, str] | None = None, view: View | None = None) -> None:
+    def __init__(
+        self,
+        learner: nn.Module,
+        *,
+        decay: float = 0.999,
+        taps: Mapping[str, str] | None = None,
+        view: View | None = None,
+    ) -> None:
         if not 0 <= decay < 1:
             raise Refused(f"The decay of a mean teacher is {decay}, expected a number in [0, 1); try 0.999.")
         self.learner, self.decay, self.steps = learner, decay, 0
@@ -167,7 +182,9 @@ class MeanOf(Teacher):
         decay = min(1 - 1 / (self.steps + 1), self.decay)
         mine, theirs = self.model.state_dict(), self.learner.state_dict()
         floats = [name for name, v in mine.items() if v.is_floating_point()]
-        torch._foreach_lerp_([mine[n] for n in floats], [theirs[n].to(mine[n].device) for n in floats], 1 - decay)
+        torch._foreach_lerp_(
+            [mine[n] for n in floats], [theirs[n].to(mine[n].device) for n in floats], 1 - decay
+        )
         for name in mine.keys() - set(floats):
             mine[name].copy_(theirs[name])
 
@@ -180,7 +197,8 @@ class MeanOf(Teacher):
 
 
 class Ensemble(Teacher):
-    """Several teachers with one voice: the log of their weighted mean probability. It has no inside, so it refuses taps.
+    """Several teachers with one voice: the log of their weighted mean probability. It has no inside, so it
+    refuses taps.
 
     Probabilities are mixed, never logits: a confident teacher's large logits would drown the others.
     """
@@ -192,7 +210,10 @@ class Ensemble(Teacher):
             raise Refused("An ensemble of no teachers was asked for; give it at least one.")
         weights = [1.0] * len(teachers) if weights is None else list(weights)
         if len(weights) != len(teachers) or min(weights) < 0 or sum(weights) == 0:
-            raise Refused(f"An ensemble of {len(teachers)} teachers has weights {weights}; expected one number >= 0 for each, not all 0.")
+            raise Refused(
+                f"An ensemble of {len(teachers)} teachers has weights {weights}; expected one number >= 0 "
+                "for each, not all 0."
+            )
         self.teachers = tuple(teachers)
         self.weights = [w / sum(weights) for w in weights]
 
@@ -206,7 +227,8 @@ class Ensemble(Teacher):
         names = list(names)
         if names:
             raise Refused(
-                f"An ensemble of teachers has no tap '{names[0]}': it mixes answers only; give the method one of its teachers, or all "
+                f"An ensemble of teachers has no tap '{names[0]}': it mixes answers only; give the method "
+                "one of its teachers, or all "
                 "of them as `teachers`."
             )
 
@@ -229,6 +251,11 @@ class Ensemble(Teacher):
 
 def _normalised(x: Any, normalise: tuple[Any, Any]) -> Any:
     if isinstance(x, Mapping):
-        raise Refused("`normalise` works on a single input tensor, found a mapping of inputs; normalise it in the teacher's view.")
-    mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 2)) for v in normalise)
+        raise Refused(
+            "`normalise` works on a single input tensor, found a mapping of inputs; normalise it in the "
+            "teacher's view."
+        )
+    mean, std = (
+        torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 2)) for v in normalise
+    )
     return (x - mean) / std

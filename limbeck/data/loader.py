@@ -14,7 +14,8 @@ from limbeck.core.refused import Refused
 
 @dataclass(frozen=True)
 class Data:
-    """Samples in memory. `x` (n c h w) stays as small as it came (uint8) until its batch, which is `(x * scale - mean) / std`.
+    """Samples in memory. `x` (n c h w) stays as small as it came (uint8) until its batch, which is `(x *
+    scale - mean) / std`.
 
     y: long, -100 where nobody labelled the sample. classes: their names.
     """
@@ -28,14 +29,25 @@ class Data:
 
     def __post_init__(self) -> None:
         if len(self.x) == 0 or len(self.x) != len(self.y):
-            raise Refused(f"The data has {len(self.x)} inputs and {len(self.y)} labels; expected as many of one as of the other, and at least one.")
-        bad = (~torch.isfinite(self.x)).flatten(1).any(1) if self.x.is_floating_point() else torch.zeros(1, dtype=torch.bool)
+            raise Refused(
+                f"The data has {len(self.x)} inputs and {len(self.y)} labels; expected as many of one as of "
+                "the other, and at least one."
+            )
+        bad = (
+            (~torch.isfinite(self.x)).flatten(1).any(1)
+            if self.x.is_floating_point()
+            else torch.zeros(1, dtype=torch.bool)
+        )
         if bad.any():
-            raise Refused(f"The data has NaN or infinite values in {int(bad.sum())} of {len(self.x)} samples, first in sample {int(bad.nonzero()[0])}; mend or drop them.")
+            raise Refused(
+                f"The data has NaN or infinite values in {int(bad.sum())} of {len(self.x)} samples, first "
+                f"in sample {int(bad.nonzero()[0])}; mend or drop them."
+            )
         odd = (self.y != IGNORE) & ((self.y < 0) | (self.y >= len(self.classes)))
         if odd.any():
             raise Refused(
-                f"Label {int(self.y[odd][0])} of sample {int(odd.nonzero()[0])} is outside the {len(self.classes)} classes of the data (0 to {len(self.classes) - 1}); "
+                f"Label {int(self.y[odd][0])} of sample {int(odd.nonzero()[0])} is outside the "
+                f"{len(self.classes)} classes of the data (0 to {len(self.classes) - 1}); "
                 f"mend it, or use {IGNORE} for a sample without a label."
             )
 
@@ -48,10 +60,14 @@ class Data:
         return (x - mean) / std, self.y[index]
 
     def with_labels(self, budget: int, seed: int) -> "Data":
-        """The same samples, with labels kept for `budget` of them: as equal a number of each class as can be, drawn by the seed."""
+        """The same samples, with labels kept for `budget` of them: as equal a number of each class as can be,
+        drawn by the seed."""
         labelled = int((self.y != IGNORE).sum())
         if not 0 <= budget <= labelled:
-            raise Refused(f"A label budget of {budget} was asked for, and the data has {labelled} labelled samples; ask for 0 to {labelled}.")
+            raise Refused(
+                f"A label budget of {budget} was asked for, and the data has {labelled} labelled samples; "
+                f"ask for 0 to {labelled}."
+            )
         order = torch.randperm(len(self), generator=generator(seed, "label budget"))
         order = order[self.y[order] != IGNORE]
         # Rank each sample within its class; the first of every class come first, then the seconds, ...
@@ -73,16 +89,22 @@ class Splits:
 
 
 class Loader:
-    """Batches of one data set. Which rows come in which batch is a function of (seed, epoch), so a run resumes anywhere.
+    """Batches of one data set. Which rows come in which batch is a function of (seed, epoch), so a run
+    resumes anywhere.
 
-    Every epoch is a new permutation, cut into full batches; what is left over waits for another epoch. A set smaller than a batch
-    is one batch. With `ranks` processes each takes its part of every batch, equal for all. Rows 2i and 2i+1 of the permutation
-    stay together, so that mixing views find their pair.
+    Every epoch is a new permutation, cut into full batches; what is left over waits for another epoch. A set
+    smaller than a batch is one batch. With `ranks` processes each takes its part of every batch, equal for
+    all. Rows 2i and 2i+1 of the permutation stay together, so that mixing views find their pair.
     """
 
-    def __init__(self, data: Data, batch: int, *, seed: int, epochs: int = 1, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, data: Data, batch: int, *, seed: int, epochs: int = 1, rank: int = 0, ranks: int = 1
+    ) -> None:
         if batch < 1 or batch % (2 * ranks if ranks > 1 else 1):
-            raise Refused(f"A batch of {batch} rows cannot be dealt to {ranks} process(es); ask for a positive multiple of {2 * ranks if ranks > 1 else 1}.")
+            raise Refused(
+                f"A batch of {batch} rows cannot be dealt to {ranks} process(es); ask for a positive "
+                f"multiple of {2 * ranks if ranks > 1 else 1}."
+            )
         self.data, self.seed, self.epochs = data, seed, epochs
         self.batch = min(batch, len(data) - len(data) % (2 * ranks if ranks > 1 else 1))
         self.rank, self.ranks = rank, ranks
@@ -100,7 +122,9 @@ class Loader:
         share = self.batch // self.ranks
         first = place * self.batch + self.rank * share
         lesson = self.lesson(epoch, step)
-        return self.rows(order[first : first + share], lesson if lesson_seed is None else replace(lesson, seed=lesson_seed))
+        return self.rows(
+            order[first : first + share], lesson if lesson_seed is None else replace(lesson, seed=lesson_seed)
+        )
 
     def once(self, batch: int) -> Iterator[Batch]:
         """Every row once, in order: for evaluation."""
@@ -112,19 +136,25 @@ class Loader:
         return Batch(x, y, index, lesson)
 
     def lesson(self, epoch: int, step: int) -> Lesson:
-        return Lesson(self.seed, epoch, self.epochs, step, len(self.data), len(self.data.classes), self.data.y)
+        return Lesson(
+            self.seed, epoch, self.epochs, step, len(self.data), len(self.data.classes), self.data.y
+        )
 
     def _order(self, epoch: int) -> Int[Tensor, " n"]:
         if getattr(self, "_shuffled", (None,))[0] != epoch:
-            self._shuffled = (epoch, torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch)))
+            self._shuffled = (
+                epoch,
+                torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch)),
+            )
         return self._shuffled[1]
 
 
 class Streams:
-    """Several loaders side by side: a dict of batches by stream. The longest stream is the epoch; shorter ones begin again.
+    """Several loaders side by side: a dict of batches by stream. The longest stream is the epoch; shorter
+    ones begin again.
 
-    Each stream keeps its own place, a function of the number of steps taken. A stream that begins again within an epoch gets a new
-    order and, through the lesson's seed, new draws in its views.
+    Each stream keeps its own place, a function of the number of steps taken. A stream that begins again
+    within an epoch gets a new order and, through the lesson's seed, new draws in its views.
     """
 
     def __init__(self, loaders: Mapping[str, Loader]) -> None:

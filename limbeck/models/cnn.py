@@ -1,4 +1,5 @@
-"""A plain convolutional network: stages of [3x3 convolution, BatchNorm, ReLU], global average pooling, a linear head.
+"""A plain convolutional network: stages of [3x3 convolution, BatchNorm, ReLU], global average pooling, a
+linear head.
 
 The second and later stages halve the grid. Small enough for a laptop, and a fair pair at two widths.
 """
@@ -16,11 +17,14 @@ class CNN(nn.Module):
     Taps: `stage1` … `stageN` (b c h w, after the ReLU) and `pooled` (b c), what the head reads.
     """
 
-    def __init__(self, classes: int, channels: int = 1, widths: Sequence[int] = (8, 16, 32), depth: int = 1) -> None:
+    def __init__(
+        self, classes: int, channels: int = 1, widths: Sequence[int] = (8, 16, 32), depth: int = 1
+    ) -> None:
         super().__init__()
         inputs = (channels, *widths[:-1])
         self.stages = nn.ModuleList(
-            _stage(a, b, depth, stride=1 if n == 0 else 2) for n, (a, b) in enumerate(zip(inputs, widths, strict=True))
+            _stage(a, b, depth, stride=1 if n == 0 else 2)
+            for n, (a, b) in enumerate(zip(inputs, widths, strict=True))
         )
         self.head = nn.Linear(widths[-1], classes)
         self.TAPS = {f"stage{n + 1}": f"stages.{n}" for n in range(len(widths))} | {"pooled": "head:in"}
@@ -32,8 +36,11 @@ class CNN(nn.Module):
         return self.head(x.mean((2, 3)))
 
     def tail(self, i: int) -> nn.Module:
-        """A fresh copy of what follows stage i (counted from 0), ending at the final grid and width; after the last, one more stage."""
-        follows = copy.deepcopy(self.stages[i + 1 :]) or [_stage(self._width, self._width, self._depth, stride=1)]
+        """A fresh copy of what follows stage i (counted from 0), ending at the final grid and width; after
+        the last, one more stage."""
+        follows = copy.deepcopy(self.stages[i + 1 :]) or [
+            _stage(self._width, self._width, self._depth, stride=1)
+        ]
         tail = nn.Sequential(*follows)
         for module in tail.modules():
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
@@ -44,7 +51,9 @@ class CNN(nn.Module):
 def _stage(inputs: int, outputs: int, depth: int, stride: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for n in range(depth):
-        conv = nn.Conv2d(inputs if n == 0 else outputs, outputs, 3, stride=stride if n == 0 else 1, padding=1, bias=False)
+        conv = nn.Conv2d(
+            inputs if n == 0 else outputs, outputs, 3, stride=stride if n == 0 else 1, padding=1, bias=False
+        )
         layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers)
 

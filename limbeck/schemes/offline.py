@@ -1,7 +1,9 @@
-"""Offline distillation: trained teachers, one learning student (Hinton et al. 2015; arXiv:1503.02531, and most of what followed).
+"""Offline distillation: trained teachers, one learning student (Hinton et al. 2015; arXiv:1503.02531, and
+most of what followed).
 
-For each batch the methods' rivals learn first, on what student and teachers showed, detached; then the student takes one step on the sum
-of its losses. Without methods this is ordinary training, which is how a teacher is trained and what the control does.
+For each batch the methods' rivals learn first, on what student and teachers showed, detached; then the
+student takes one step on the sum of its losses. Without methods this is ordinary training, which is how a
+teacher is trained and what the control does.
 """
 
 from collections.abc import Iterator, Mapping

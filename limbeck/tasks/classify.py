@@ -29,10 +29,22 @@ class Classify(Task):
 
     def check(self, s: Seen, batch: Batch) -> None:
         if not isinstance(s.out, Tensor) or s.out.ndim != 2:
-            found = f"shape {tuple(s.out.shape)}" if isinstance(s.out, Tensor) else f"a {type(s.out).__name__}"
-            raise Refused(f"The model's answer has {found}, and classification expects logits of shape (rows, classes); name the logits with the tap 'out'.")
+            found = (
+                f"shape {tuple(s.out.shape)}" if isinstance(s.out, Tensor) else f"a {type(s.out).__name__}"
+            )
+            raise Refused(
+                f"The model's answer has {found}, and classification expects logits of shape (rows, "
+                "classes); name the logits with the tap 'out'."
+            )
         labels = batch.lesson.labels if batch.lesson.labels is not None else batch.y
         if labels is None:
-            raise Refused("The data has no labels, and classification learns from them; give some, or distil without a task.")
+            raise Refused(
+                "The data has no labels, and classification learns from them; give some, or distil without "
+                "a task."
+            )
         if int(labels.max()) >= s.out.shape[1]:
-            raise Refused(f"The data has label {int(labels.max())}, and the model's head has {s.out.shape[1]} outputs (0 to {s.out.shape[1] - 1}); give the model `classes = {int(labels.max()) + 1}`, or mend the labels.")
+            raise Refused(
+                f"The data has label {int(labels.max())}, and the model's head has {s.out.shape[1]} outputs "
+                f"(0 to {s.out.shape[1] - 1}); give the model `classes = {int(labels.max()) + 1}`, or mend "
+                "the labels."
+            )

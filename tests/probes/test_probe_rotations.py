@@ -1,7 +1,6 @@
-"""Probe: a view that turns b rows into 4b with joint labels (SLA, HSSAKD), before the student and before its teacher."""
+"""Probe: a view that turns b rows into 4b with joint labels (SLA, HSSAKD), for a student and for its teacher."""
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,7 +57,7 @@ def test_student_and_teacher_see_the_same_turns() -> None:
     distiller = Distiller(student, teacher, Match(), example=batch, view=rotations)
     sight = distiller.see(batch)
     assert len(sight.students[0][0].out) == len(sight.teachers[0].out) == 40
-    assert distiller.losses(sight)["match"] == 0  # row by row the same image, as the two networks are the same
+    assert distiller.losses(sight)["match"] == 0  # equal networks, so row by row the same image
 
 
 def test_the_labelled_mean_is_over_the_turned_rows() -> None:
@@ -79,7 +78,7 @@ def test_a_pair_with_batch_norm_learns_something_finite() -> None:
     distiller = Distiller(student, Frozen(teacher, view=rotations), Match(), example=batch, view=rotations)
     losses = distiller(batch)
     losses["loss"].backward()
-    assert losses["logits"].shape == (40, 4 * CLASSES) and math.isfinite(losses["loss"])
+    assert losses["logits"].shape == (40, 4 * CLASSES) and losses["loss"].isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
 
 
@@ -96,12 +95,12 @@ def test_a_term_may_turn_its_rows_while_the_task_sees_them_upright() -> None:
 
 
 def test_a_teacher_that_sees_plain_rows_is_refused() -> None:
-    with pytest.raises(Refused, match="'match'.* 40 rows of the student with 10 of the teacher"):
+    with pytest.raises(Refused, match=r"'match' .* 40 rows of the student with 10 of the teacher"):
         Distiller(network(0), network(1), Term(Match(), view=rotations), example=example())
 
 
 def gradient(accumulate: int) -> dict[str, Tensor]:
-    """What one step of SGD at rate 1 takes off each weight, with the batch cut into so many parts before it is turned."""
+    """What one step of SGD at rate 1 takes off each weight; the batch is cut first and each part turned."""
     student, batch = network(0), example()
     distiller = Distiller(student, Frozen(network(1), view=rotations), Match(), example=batch, view=rotations)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}

@@ -25,7 +25,8 @@ def test_the_turns_of_an_image_lie_together() -> None:
 
 def test_labels_are_joint_and_the_index_repeats() -> None:
     lesson = Lesson(classes=3, labels=torch.tensor([0, 0, 0, 0, 0, 2, 1, 0, IGNORE]))
-    shown = rotations(Batch(torch.zeros(3, 1, 2, 2), torch.tensor([2, IGNORE, 1]), torch.tensor([5, 8, 6]), lesson))
+    y, index = torch.tensor([2, IGNORE, 1]), torch.tensor([5, 8, 6])
+    shown = rotations(Batch(torch.zeros(3, 1, 2, 2), y, index, lesson))
     assert shown.y is not None and shown.index is not None
     assert shown.y.tolist() == [8, 9, 10, 11, IGNORE, IGNORE, IGNORE, IGNORE, 4, 5, 6, 7]
     assert shown.index.tolist() == [5] * 4 + [8] * 4 + [6] * 4
@@ -51,7 +52,7 @@ def test_what_is_not_there_stays_away() -> None:
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long), r"y has shape \(2, 4, 4\)"),
     ],
 )
-def test_what_cannot_be_turned_is_refused_in_one_sentence(x: object, y: torch.Tensor | None, found: str) -> None:
+def test_what_cannot_be_turned_is_refused(x: object, y: torch.Tensor | None, found: str) -> None:
     with pytest.raises(Refused, match=found) as caught:
         rotations(Batch(x, y))
     assert "\n" not in str(caught.value)

@@ -1,7 +1,6 @@
 r"""FitNets: Hints for Thin Deep Nets (Romero et al.; ICLR 2015; arXiv:1412.6550).
 
-A projector $r$ lifts a middle layer of the student (guided) to one of the teacher (the hint); both should
-agree:
+A projector $r$ lifts a middle layer of the student (guided) to one of the teacher (the hint); they should agree:
 
 $$L = \tfrac12 \operatorname{mean} \big(r(s) - t\big)^2$$
 
@@ -9,8 +8,9 @@ Departures from the paper:
 - The mean over elements for its sum, so the weight does not grow with layer size. RepDistiller's weight of
   100, on a squared error without the half, is 200 here.
 - The paper has two stages: the student up to the guided layer learns from the hint alone, then all of it by
-  KD without the hint. Here the hint may also stand beside the task throughout, as in RepDistiller and
-  mdistiller; the paper's schedule is a recipe of two stages, `fitnet` without the task and then `kd`.
+  KD without the hint (in the official code at T = 3, weight 4 falling to 1, no T²). Here the hint may also
+  stand beside the task throughout, as in RepDistiller and mdistiller; the paper's schedule is a recipe of two
+  stages, `fitnet` without the task and then `kd`.
 - $r$ is a 1x1 convolution with bias. The paper's is a convolution without padding, whose kernel brings the
   student's grid down to the teacher's, followed by the hint's own activation.
 - When grids differ, the projected map is resized to the teacher's grid, bilinearly and without antialiasing;
@@ -22,7 +22,7 @@ Departures from the official code (adri-romsor/FitNets), besides these:
   common order. So the loss is not 0 when both show the same map, until the projector has learned to be the
   identity.
 
-Only maps (`b c h w`) are compared, as in the paper.
+Only maps (`b c h w`) are compared.
 """
 
 from jaxtyping import Float

@@ -7,16 +7,14 @@ $$p(z, T)_i = \frac{e^{z_i/T}}{\sum_j e^{z_j/T}}, \qquad
   \frac{\partial L}{\partial z_s} = \frac{T}{b} \big(p(z_s, T) - p(z_t, T)\big)$$
 
 The paper's factor $T^2$ undoes the $1/T^2$ by which gradients shrink, so a weight keeps its meaning when $T$
-changes. For large $T$ what is left is matching logits, each row centred:
+changes. For large $T$ what is left is to match logits, each row centred:
 $L \to \operatorname{mean}_b \lVert z_s - z_t \rVert^2 / 2k$.
 
 The mean is over rows and, for dense logits (`b k h w`), positions; never over classes. `KLDivLoss()` divides
-by $k$ too unless told not to, and so do some releases (TAKD, DGKD, Tf-KD): a weight $w$ of theirs is $w/k$
-here.
+by $k$ too unless told not to, and so do some releases (TAKD, DGKD, Tf-KD): their weight $w$ is $w/k$ here.
 
 Departures from the paper, which has no official code:
-- KL for its cross-entropy. They differ by the teacher's entropy: the same gradient, but 0 at a perfect
-  match.
+- KL for its cross-entropy. They differ by the teacher's entropy: the same gradient, but 0 at a match.
 - Its objective is a weighted mean with the ordinary loss. Here they are summed, and the weights belong to
   the term and the task: RepDistiller and mdistiller use 0.9 and 0.1.
 - It tries several temperatures and recommends none; 4 is the custom of those two.
@@ -63,7 +61,7 @@ class KD(Method):
         if s.out.ndim < 2 or s.out.shape[1] < 2:  # the softmax of one class is 1, whatever its logit
             raise Refused(
                 f"Method 'kd' compares class probabilities, and the student answers {tuple(s.out.shape)}, "
-                "expected (rows, classes, …) with at least two classes; let a model of one logit z answer (0, z)."
+                "expected (rows, classes, …) with at least two classes; let a single logit z answer (0, z)."
             )
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
