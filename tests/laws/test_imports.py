@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "limbeck": {"core"},  # __init__.py: the public names are core's
 }
 
-PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+PICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+UNPICKLED = ("torch.load", "torch.save", "torch.serialization", "torch.hub", "torch.jit.load", "torch.package")
 
 
 def sources(root: Path) -> Iterator[tuple[Path, ast.Module]]:
@@ -98,11 +99,12 @@ def picklers(root: Path) -> list[str]:
     """Every way to a pickle: modules that read or write them, torch's and numpy's functions that do."""
     found = []
     for file, tree in sources(root):
-        names = {(name.split(".")[0], name) for name in imported(file, tree)}
-        found += [f"{file} imports {name}" for first, name in names if first in PICKLERS or name in ("torch.load", "torch.save")]
+        for name in imported(file, tree):
+            if name.split(".")[0] in PICKLERS or name.startswith(UNPICKLED):
+                found.append(f"{file} imports {name}")
         for node in ast.walk(tree):
             text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-            if text in ("torch.load", "torch.save", "torch.serialization") or text.endswith((".read_pickle", ".to_pickle")):
+            if text in UNPICKLED or text.endswith((".read_pickle", ".to_pickle")):
                 found.append(f"{file}:{node.lineno} uses {text}")
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
                 found.append(f"{file}:{node.value.lineno} allows a pickle")

@@ -1,6 +1,6 @@
 r"""FitNets: Hints for Thin Deep Nets (Romero et al.; ICLR 2015; arXiv:1412.6550).
 
-A projector $r$ lifts a middle layer of the student (guided) to one of the teacher (the hint); they should agree:
+A projector $r$ lifts a layer of the student (guided) to one of the teacher (the hint); they should agree:
 
 $$L = \tfrac12 \operatorname{mean} \big(r(s) - t\big)^2$$
 

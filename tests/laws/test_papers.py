@@ -1,0 +1,121 @@
+"""One paper, one file: it cites, gives the equation, owns up to departures, and shapes stand in its functions' signatures.
+
+And what holds for classes and signatures everywhere: abstract or final, no knobs passed through unseen.
+"""
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from limbeck import registry
+
+ROOT = Path(__file__).parents[2]
+LIMBECK = ROOT / "limbeck"
+
+METHODS = registry.names("method")
+ABSTRACT = {"Method", "Teacher", "Scheme", "Task"}
+SHAPES = {"Float", "Int", "Bool", "Complex", "Num", "Real", "Inexact", "Shaped"}
+PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}|10\.\d{4,9}/[^\s;)]+")
+
+
+def trees(root: Path) -> Iterator[tuple[Path, ast.Module]]:
+    for file in sorted(root.rglob("*.py")):
+        yield file.relative_to(root), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def shapeless(tree: ast.Module) -> list[str]:
+    """Parameters and results of public functions that are tensors of an unsaid shape, or of an unsaid type."""
+    found = []
+    for function in tree.body:
+        if not isinstance(function, ast.FunctionDef) or function.name.startswith("_"):
+            continue
+        a = function.args
+        hints = {p.arg: p.annotation for p in (*a.posonlyargs, *a.args, *a.kwonlyargs)} | {"return": function.returns}
+        found += [f"{function.name}({name})" for name, hint in hints.items() if hint is None or _has_bare_tensor(hint)]
+    return found
+
+
+def _has_bare_tensor(hint: ast.expr) -> bool:
+    if isinstance(hint, ast.Subscript) and ast.unparse(hint.value) in SHAPES:
+        return False
+    return ast.unparse(hint) in ("Tensor", "torch.Tensor") or any(
+        _has_bare_tensor(child) for child in ast.iter_child_nodes(hint) if isinstance(child, ast.expr)
+    )
+
+
+def passed_through(root: Path) -> set[str]:
+    """Functions with `**kwargs` in their signature."""
+    return {
+        f"{file}:{getattr(node, 'name', 'lambda')}"
+        for file, tree in trees(root)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and node.args.kwarg is not None
+    }
+
+
+def neither_abstract_nor_final(root: Path) -> list[str]:
+    """Classes that extend a subclass of one of the four, or one of the four and something else of ours."""
+    bases = {
+        node.name: [ast.unparse(base).split(".")[-1].split("[")[0] for base in node.bases]
+        for _, tree in trees(root)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    final = {name for name, parents in bases.items() if ABSTRACT & set(parents)}
+    return sorted(
+        name for name, parents in bases.items() if final & set(parents) or (name in final and set(parents) & set(bases) - ABSTRACT)
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_cites_its_paper(name: str) -> None:
+    module = importlib.import_module(METHODS[name])
+    card = registry.find("method", name).card
+    citation = (module.__doc__ or "").partition("\n\n")[0]
+    assert PAPER.fullmatch(card.paper), f"the card's paper is {card.paper!r}"
+    assert card.paper in PAPER.findall(citation), "the citation and the card name two papers"
+    assert str(card.year) in re.findall(r"\b\d{4}\b", citation.replace(card.paper, "")), "the citation lacks the card's year"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_gives_its_equation_and_its_departures(name: str) -> None:
+    doc = importlib.import_module(METHODS[name]).__doc__ or ""
+    assert re.search(r"\$\$.+?\$\$", doc, re.DOTALL), "no equation"
+    assert re.search(r"\b([Dd]epartures?|[Dd]eparts)\b", doc), "say what departs from the paper, or that nothing does"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shapes_stand_in_a_methods_functions(name: str) -> None:
+    tree = ast.parse(Path(importlib.import_module(METHODS[name]).__file__ or "").read_text(encoding="utf-8"))
+    assert any(isinstance(node, ast.FunctionDef) and not node.name.startswith("_") for node in tree.body), "the equation is a function"
+    assert not shapeless(tree)
+
+
+def test_a_shapeless_tensor_is_seen() -> None:
+    good = 'def f(s: Float[Tensor, "b d"], t: "Float[torch.Tensor, \'b d\']", k: int, w: Float[Tensor, "b"] | None) -> Float[Tensor, ""]: ...'
+    assert not shapeless(ast.parse(good))
+    bad = 'def f(s: Tensor, t: Float[Tensor, "b"] | Tensor, u: list[Tensor], v, *, w: torch.Tensor) -> Tensor: ...'
+    assert shapeless(ast.parse(bad)) == ["f(s)", "f(t)", "f(u)", "f(v)", "f(w)", "f(return)"]
+
+
+def test_no_signature_passes_anything_through() -> None:
+    # A copy with some fields changed: the names are the dataclass' own, and it checks them.
+    assert passed_through(LIMBECK) == {"core/batch.py:replace"}
+
+
+def test_what_is_not_abstract_is_final() -> None:
+    assert not neither_abstract_nor_final(LIMBECK)
+
+
+@pytest.mark.parametrize(
+    "line", ["class C(B): pass", "class C(a.B): pass", "class D: pass\nclass C(Method, D): pass", "class C(Method, Generic[T], B): pass"]
+)
+def test_a_class_extended_twice_is_seen(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.py").write_text("class Method(nn.Module, ABC): pass\nclass B(Method): pass\n")
+    assert not neither_abstract_nor_final(tmp_path)
+    (tmp_path / "b.py").write_text(line)
+    assert neither_abstract_nor_final(tmp_path) == ["C"]
