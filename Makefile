@@ -9,7 +9,7 @@ PYTEST  = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 -q
 
 # What the goals of this call need. They share one install, so that under `make -j` nothing runs
 # while pip is still replacing it; a fuller install also stands for the lesser ones it covers.
-NEED := $(if $(filter check lint types,$(MAKECMDGOALS)),dev,$(if $(filter test test-all,$(MAKECMDGOALS)),test,plain))
+NEED := $(if $(filter check lint types docs,$(MAKECMDGOALS)),dev,$(if $(filter test test-all,$(MAKECMDGOALS)),test,plain))
 EXTRA_test   = [test]
 EXTRA_dev    = [dev]
 COVERS_plain = plain
@@ -23,14 +23,15 @@ READY       = $(VENV)/.ready-$(NEED)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check lint types clean
+.PHONY: help demo test test-all check lint types docs clean
 
 help:
 	@echo "make demo    install, then run the demo board"
 	@echo "make test    install, then run the fast tests    (ARGS=\"-k rkd\" goes to pytest)"
-	@echo "make check   lint, types and every test, slow ones too"
+	@echo "make check   lint, types, docs and every test, slow ones too"
 	@echo "make lint    ruff"
 	@echo "make types   mypy"
+	@echo "make docs    the pages, into site/"
 	@echo "make clean   remove caches and builds; $(VENV) and runs stay"
 	@echo "The environment is $(VENV) (VENV=...), made by $(PYTHON) (PYTHON=...)."
 
@@ -43,13 +44,16 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) $(ARGS)
 
-check: lint types test-all
+check: lint types docs test-all
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 
 types: $(READY)
 	$(VENV)/bin/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

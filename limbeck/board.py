@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import Field
 from scipy import stats
 
-from limbeck import checkpoint, recipe
+from limbeck import build, checkpoint, recipe, registry
 from limbeck.core.refused import Refused
 from limbeck.run import Moment, Run, environment
 
@@ -66,8 +67,6 @@ class Board:
         self.whole = whole
         self._stop = False
         self._run: Run | None = None
-        from limbeck import build
-
         for name, plan in self.plans.items():
             try:
                 build.rehearse(plan, seeds[0], device)
@@ -96,8 +95,12 @@ class Board:
                 yield cell, moment
             yield cell, None
 
+    def scores(self, cell: Cell) -> dict[str, float]:
+        """The final scores of a finished cell."""
+        return self._finished(self._cell_folder(cell.arm, cell.seed))["scores"]
+
     def _cell_run(self, cell: Cell) -> Run:
-        shared = self.folder / "cells" / f"shared-{cell.seed}"
+        shared = self._cell_folder(None, cell.seed)
         if cell.arm is None:
             first = self.whole.model_copy(update={"stages": self.whole.stages[:-1]})
             return Run(first, shared, seed=cell.seed, device=self.device)
@@ -110,19 +113,21 @@ class Board:
             after=after,
         )
 
-    def _cell_folder(self, arm: str, seed: int) -> Path:
-        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in arm)
-        return self.folder / "cells" / f"{safe}-{seed}"
+    def _cell_folder(self, arm: str | None, seed: int) -> Path:
+        if arm is None:
+            return self.folder / "shared" / str(seed)
+        return self.folder / "cells" / quote(arm, safe=" ") / str(seed)
+
+    def _finished(self, folder: Path) -> dict[str, Any]:
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
     def result(self) -> dict[str, Any]:
         """The finished board as plain data; also written to `board.json`."""
-        from limbeck import registry
-
         metric = f"test.{registry.find('task', self.whole.task).headline}"
         rows, control = [], None
         for name, plan in self.plans.items():
             folders = [self._cell_folder(name, seed) for seed in self.seeds]
-            results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+            results = [self._finished(folder) for folder in folders]
             scores = [r["scores"][metric] for r in results]
             control = scores if name == CONTROL else control
             assert control is not None
@@ -160,10 +165,7 @@ class Board:
         """The last learner of the shared stages: what the arms learned from."""
         if len(self.whole.stages) == 1:
             return []
-        results = [
-            json.loads((self.folder / "cells" / f"shared-{seed}" / "result.json").read_text())
-            for seed in self.seeds
-        ]
+        results = [self._finished(self._cell_folder(None, seed)) for seed in self.seeds]
         scores = [r["scores"][metric] for r in results]
         return [
             {

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,8 +165,9 @@ def _go(work: "Run") -> None:
                 bar.console.print(_record(moment), highlight=False)
     result = work.result
     assert result is not None
-    scores = ", ".join(f"{name} {value:.2f}" for name, value in result["scores"].items())
-    _print(f"{scores}; {result['parameters']:,} parameters\nShipped: {work.folder / result['shipped']}")
+    _print(
+        f"{_scores(result['scores'])}; {result['parameters']:,} parameters\nShipped: {work.folder / result['shipped']}"
+    )
 
 
 def _watch_board(table: "Board") -> None:
@@ -177,11 +178,8 @@ def _watch_board(table: "Board") -> None:
             within = 1.0 if moment is None else moment.done
             bar.update(line, completed=cell.number + within, description=f"{name}, seed {cell.seed}")
             if moment is None:
-                bar.console.print(
-                    f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: done",
-                    markup=False,
-                    highlight=False,
-                )
+                done = f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: {_scores(table.scores(cell))}"
+                bar.console.print(done, markup=False, highlight=False)
 
 
 class _stoppable:
@@ -228,8 +226,11 @@ def _place(moment: "Moment") -> str:
 def _record(moment: "Moment") -> str:
     assert moment.record is not None
     losses = "  ".join(f"{name} {value:.4f}" for name, value in moment.record.losses.items())
-    scores = "  ".join(f"{name} {value:.2f}" for name, value in moment.record.scores.items())
-    return f"{_place(moment)}:  {losses}  |  valid {scores}"
+    return f"{_place(moment)}:  {losses}  |  valid {_scores(moment.record.scores)}"
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
 def _print(what: Any) -> None:

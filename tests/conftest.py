@@ -11,16 +11,17 @@ import torch
 
 torch.set_num_threads(1)
 
-# Only files with shapes are checked: beartype checks Python types too, and elsewhere tests hand in doubles and bad input.
+# Only files with shapes: beartype checks Python types too, and elsewhere tests hand in doubles and bad input.
 ROOT = Path(__file__).parent.parent
 SHAPED = [
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for file in (ROOT / "limbeck").rglob("*.py")
     if "jaxtyping" in file.read_text(encoding="utf-8")
 ]
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # an int is a float, as for mypy
+# An int will do for a float, as it does for mypy.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
-assert not any(name.startswith("limbeck.") for name in sys.modules), "limbeck came before the checks of its shapes"
+assert not any(name in sys.modules for name in SHAPED), "limbeck was imported before its shapes could be checked"
 jaxtyping.install_import_hook(SHAPED, CHECKER)
 
 # Dynamo cannot trace the checks; what it compiles is checked where it runs uncompiled.

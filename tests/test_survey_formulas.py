@@ -1,8 +1,9 @@
-"""The five formulas that the survey article fixes (shared specs, survey_article.md; after Gou et al. 2021), in our code.
+"""The five formulas of the survey article (after Gou et al.; IJCV 2021; arXiv:2006.05525), in our code.
 
 The right-hand sides are written from the article with `exp` and sums only; the left-hand sides are limbeck's.
 """
 
+import itertools
 import math
 
 import pytest
@@ -63,7 +64,7 @@ def test_1_softened_probabilities(t: Tensor, temperature: float) -> None:
 def test_1_hot_they_are_uniform_and_cold_one_hot(t: Tensor) -> None:
     hot, cold = log_soften(t, 1e9).exp(), log_soften(t, 1e-3).exp()
     torch.testing.assert_close(hot, torch.full_like(hot, 1 / N), rtol=1e-7, atol=0)
-    assert torch.equal(cold, nn.functional.one_hot(t.argmax(1), N).double())
+    torch.testing.assert_close(cold, nn.functional.one_hot(t.argmax(1), N).double(), rtol=0, atol=1e-9)
 
 
 def test_1_in_between_they_soften_and_keep_their_order(t: Tensor) -> None:
@@ -72,7 +73,7 @@ def test_1_in_between_they_soften_and_keep_their_order(t: Tensor) -> None:
         log_p = log_soften(t, temperature)
         assert torch.equal(log_p.argsort(1), t.argsort(1))
         entropies.append(-(log_p.exp() * log_p).sum(1))
-    assert all((later > sooner).all() for sooner, later in zip(entropies, entropies[1:], strict=False))
+    assert all((later > sooner).all() for sooner, later in itertools.pairwise(entropies))
     assert (entropies[-1] < math.log(N)).all()
 
 
@@ -80,7 +81,7 @@ def test_1_in_between_they_soften_and_keep_their_order(t: Tensor) -> None:
 
 
 @every_temperature
-def test_2_kl_is_the_cross_entropy_less_the_entropy_of_the_teacher(s: Tensor, t: Tensor, temperature: float) -> None:
+def test_2_kl_is_cross_entropy_less_the_teachers_entropy(s: Tensor, t: Tensor, temperature: float) -> None:
     p_s, p_t = p(s, temperature), p(t, temperature)
     expected = -(p_t * p_s.log()).sum(1) + (p_t * p_t.log()).sum(1)
     torch.testing.assert_close(kl(log_soften(s, temperature), log_soften(t, temperature)), expected)
@@ -121,7 +122,7 @@ def test_4_hot_the_gradient_is_the_gap_of_centred_logits(s: Tensor, t: Tensor) -
 
 
 def test_4_so_with_the_square_the_gradient_keeps_its_size(s: Tensor, t: Tensor) -> None:
-    """From T = 4 to 1000 it stays within a factor of 2 of its limit; without T² it falls ten thousandfold and more."""
+    """From T = 4 to 1000 it stays within a factor of 2 of its limit; without T² it falls ten thousandfold."""
     limit = (centred(s) - centred(t)).norm() / (B * N)
     sizes = {T: slope(kd(s, t, T), s).norm() for T in (4.0, 20.0, 100.0, 1000.0)}
     assert all(0.5 < size / limit < 2 for size in sizes.values())
@@ -131,7 +132,7 @@ def test_4_so_with_the_square_the_gradient_keeps_its_size(s: Tensor, t: Tensor) 
 
 
 def test_4_only_when_both_are_centred(s: Tensor, t: Tensor) -> None:
-    """The step from the raw gap to the centred one is not for show: a shift of one row's logits changes nothing."""
+    """A shift of a row's logits changes the raw gap, and the gradient not at all."""
     shifted = t + torch.arange(B, dtype=t.dtype)[:, None]
     torch.testing.assert_close(slope(kd(s, shifted, 1e3), s), slope(kd(s, t, 1e3), s), rtol=1e-6, atol=1e-12)
 
@@ -140,14 +141,13 @@ def test_4_only_when_both_are_centred(s: Tensor, t: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("task_weight", "weight"), [(1.0, 1.0), (0.1, 0.9)])
-def test_5_joint_training_is_the_student_loss_and_the_distillation_loss(task_weight: float, weight: float) -> None:
+def test_5_joint_training_is_the_sum_of_both_losses(task_weight: float, weight: float) -> None:
     """CE(y, p(z_s, 1)) at T = 1 and L_D at T, by hand; in value and in the student's gradient."""
     torch.manual_seed(0)
     student, teacher = nn.Linear(3, N, bias=False).double(), nn.Linear(3, N).double()
     x, y, temperature = torch.randn(B, 3).double(), torch.arange(B) % N, 4.0
-    distiller = Distiller(
-        student, teacher, [Term(KD(temperature=temperature), weight=weight)], example=(x, y), task_weight=task_weight
-    )
+    term = Term(KD(temperature=temperature), weight=weight)
+    distiller = Distiller(student, teacher, [term], example=(x, y), task_weight=task_weight)
     losses = distiller(x, y)
     losses["loss"].backward()
 

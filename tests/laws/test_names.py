@@ -1,4 +1,4 @@
-"""What is exported is written down here, what is called a drawer is none of ours, and names come without waiting for torch."""
+"""What is exported is written down here; no file is called a drawer; names come without waiting for torch."""
 
 import subprocess
 import sys
@@ -45,8 +45,9 @@ def test_a_name_that_is_not_public_is_said_to_be_missing() -> None:
     ],
 )
 def test_torch_is_not_waited_for(first: str) -> None:
-    end = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
-    done = subprocess.run([sys.executable, "-c", end + first], cwd=LIMBECK.parent, capture_output=True, text=True)
+    at_exit = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+    command = [sys.executable, "-c", at_exit + first]
+    done = subprocess.run(command, cwd=LIMBECK.parent, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (0, "False"), done.stderr
 
 

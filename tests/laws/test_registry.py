@@ -1,7 +1,6 @@
 """The folder is the registry: a method's file is all there is to it."""
 
 import ast
-import inspect
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from limbeck.core.method import Method
 LIMBECK = Path(__file__).parents[2] / "limbeck"
 KNOWLEDGE = LIMBECK / "knowledge"
 FILES = {file.stem: file for file in KNOWLEDGE.rglob("*.py") if file.stem != "__init__"}
+FOLDERS = ("response", "feature", "relation")
 
 NEW = '''
 from limbeck.core.method import Card, Method
@@ -35,8 +35,7 @@ def defined(file: Path) -> tuple[list[str], set[str]]:
 
 
 def test_every_file_is_in_one_of_three_folders() -> None:
-    assert {file.parent.name for file in FILES.values()} <= {"response", "feature", "relation"}
-    assert len(FILES) == len([f for f in KNOWLEDGE.rglob("*.py") if f.stem != "__init__"]), "two files have one name"
+    assert {file.parent.relative_to(KNOWLEDGE) for file in FILES.values()} <= set(map(Path, FOLDERS))
 
 
 def test_every_file_is_a_method_or_a_lens_and_none_is_both() -> None:
@@ -51,17 +50,12 @@ def test_a_file_defines_one_thing(name: str) -> None:
     assert len(methods) == 1 or (not methods and name in functions)
 
 
-@pytest.mark.parametrize("name", registry.names("method"))
-def test_find_gives_the_method_of_that_file(name: str) -> None:
-    found = registry.find("method", name)
-    assert issubclass(found, Method)
-    assert Path(inspect.getfile(found)) == FILES[name]
-    assert FILES[name].parent.name in found.card.knowledge
-
-
-@pytest.mark.parametrize("name", registry.names("lens"))
-def test_find_gives_the_lens_of_that_file(name: str) -> None:
-    assert Path(inspect.getfile(registry.find("lens", name))) == FILES[name]
+@pytest.mark.parametrize(("kind", "name"), [(kind, n) for kind in ("method", "lens") for n in registry.names(kind)])
+def test_find_gives_what_the_file_of_that_name_defines(kind: str, name: str) -> None:
+    found, folder = registry.find(kind, name), FILES[name].parent.name
+    assert found.__module__ == f"limbeck.knowledge.{folder}.{name}"
+    if kind == "method":
+        assert issubclass(found, Method) and folder in found.card.knowledge
 
 
 def ask(package: Path, script: str) -> subprocess.CompletedProcess[str]:

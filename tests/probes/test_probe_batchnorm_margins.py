@@ -1,4 +1,4 @@
-"""Probe: a method that reads the teacher's BatchNorm in `build` (OFD's margin ReLU; Heo et al.; ICCV 2019)."""
+"""Probe: a method that reads the teacher's BatchNorm in `build` (OFD's margin ReLU; Heo et al. 2019)."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from limbeck.schemes.offline import Offline
 
 
 def negative_mean(beta: Tensor, gamma: Tensor) -> Tensor:
-    """E[x | x < 0] for x ~ N(beta, gamma²), channel by channel; -3|gamma| where x is almost never negative."""
+    """E[x | x < 0] for x ~ N(beta, gamma²), by channel; -3|gamma| where x is almost never negative."""
     sigma = gamma.abs()
     normal = torch.distributions.Normal(0.0, 1.0)
     below = normal.cdf(-beta / sigma)
@@ -27,7 +27,7 @@ def negative_mean(beta: Tensor, gamma: Tensor) -> Tensor:
 
 
 class MarginReLU(Method):
-    """Before the ReLU the student must reach the teacher where that is positive, and only get below the margin elsewhere."""
+    """Where the teacher is above 0 the student should reach it, elsewhere get below the margin."""
 
     card = Card("arXiv:1904.01866", 2019, ("feature",), taps=("pre2",), needs=frozenset({"teacher_model"}))
 
@@ -39,11 +39,12 @@ class MarginReLU(Method):
         assert t.model is not None
         norm = t.model.get_submodule(t.model.TAPS.get(self.tap, self.tap))
         if not isinstance(norm, nn.BatchNorm2d):
-            raise Refused(f"Tap '{self.tap}' of the teacher is a {type(norm).__name__}, expected a BatchNorm2d; tap that.")
+            found = type(norm).__name__
+            raise Refused(f"Tap '{self.tap}' of the teacher is a {found}, expected a BatchNorm2d; tap that.")
         margin = negative_mean(norm.bias.detach(), norm.weight.detach())
         self.register_buffer("margin", margin[:, None, None])
-        width = s.at[self.tap].shape[1]
-        self.project = nn.Sequential(nn.Conv2d(width, len(margin), 1, bias=False), nn.BatchNorm2d(len(margin)))
+        narrow, wide = s.at[self.tap].shape[1], len(margin)
+        self.project = nn.Sequential(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide))
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
         here, there = self.project(s.at[self.tap]), t.at[self.tap].maximum(self.margin)
@@ -75,11 +76,11 @@ def network(width: int, depth: int, seed: int) -> CNN:
 
 
 def teacher() -> CNN:
-    """A teacher whose last BatchNorm is no longer new: negative scales too, and a channel that is never below 0."""
+    """A teacher whose last BatchNorm is no longer new; two scales are negative, the last channel never is."""
     model = network(6, 2, seed=1)
     with torch.no_grad():
         norm = model.get_submodule(model.TAPS["pre2"])
-        norm.bias.copy_(torch.tensor([0.0, -1.0, 0.5, 1.5, -0.3, 4.0]))
+        norm.bias.copy_(torch.tensor([0.0, -1.0, 0.5, 1.5, -0.3, 0.4]))
         norm.weight.copy_(torch.tensor([1.0, 0.5, -0.8, 1.2, -0.2, 0.1]))
         norm.running_mean.normal_()
     return model
@@ -107,7 +108,7 @@ def test_the_margin_is_the_mean_of_what_the_relu_would_cut() -> None:
     for channel in range(5):
         draws = norm.bias[channel] + norm.weight[channel] * torch.randn(10**6, generator=generator)
         assert method.margin[channel].item() == pytest.approx(draws[draws < 0].mean().item(), abs=0.01)
-    assert method.margin[5].item() == pytest.approx(-0.3)  # four of its sigmas above 0 there is nothing to average
+    assert method.margin[5].item() == pytest.approx(-0.3)  # four sigmas above 0: nothing to average
 
 
 def test_it_trains_and_the_teacher_stays_as_it_was() -> None:
@@ -130,7 +131,7 @@ def test_it_trains_and_the_teacher_stays_as_it_was() -> None:
     [(Stored(), "Stored"), (Ensemble([Frozen(teacher()), Frozen(teacher())]), "Ensemble")],
 )
 def test_a_teacher_without_a_model_is_refused_by_name(absent: Teacher, called: str) -> None:
-    with pytest.raises(Refused, match=f"'marginrelu' needs teacher_model, which a {called} teacher cannot give"):
+    with pytest.raises(Refused, match=f"'marginrelu' needs teacher_model, which a {called} teacher cannot"):
         Distiller(network(4, 1, seed=0), absent, MarginReLU(), example=loader().at(0))
 
 
@@ -141,7 +142,7 @@ def test_a_mean_teacher_has_a_model_too() -> None:
 
 
 def test_what_build_refuses_is_said_in_its_own_words() -> None:
-    with pytest.raises(Refused, match=r"^Tap 'stage1' of the teacher is a Sequential, expected a BatchNorm2d"):
+    with pytest.raises(Refused, match=r"^Tap 'stage1' of the teacher is a Sequential, expected a Batch"):
         Distiller(network(4, 1, seed=0), teacher(), MarginReLU("stage1"), example=loader().at(0))
 
 
@@ -152,7 +153,7 @@ def test_the_margin_survives_a_resume(tmp_path: Path) -> None:
         next(steps)
     checkpoint.save(tmp_path, lesson.state_dict(), fingerprint="probe")
     list(steps)
-    resumed, method = engine(network(6, 2, seed=3))  # another day's teacher: its margins are those of a new BatchNorm
+    resumed, method = engine(network(6, 2, seed=3))  # another teacher, so that only the checkpoint can tell
     assert not torch.equal(method.margin, whole.margin)
     resumed.load_state_dict(checkpoint.load(tmp_path))
     assert torch.equal(method.margin, whole.margin)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from limbeck import build, checkpoint, recipe
+from limbeck import build, checkpoint, recipe, registry
 from limbeck.core.batch import Batch
 from limbeck.core.distiller import Distiller
 from limbeck.core.method import Card, Method
@@ -91,7 +91,7 @@ class Drawn:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for step in range(start, self.steps):
             draw = torch.Generator().manual_seed(10 * epoch + step)
-            yield Batch(torch.randn(6, 3, generator=draw), torch.randint(5, (6,), generator=draw))
+            yield Batch(torch.randn(6, 3, generator=draw, dtype=torch.float64), torch.randint(5, (6,), generator=draw))
 
 
 BATCH = next(Drawn().epoch(0))
@@ -152,6 +152,17 @@ def test_a_rival_looks_through_the_lens_too() -> None:
     critic = distiller.methods["judged"].critic
     s, t = critic(standard(student(BATCH.x))), critic(standard(teacher(BATCH.x)))
     torch.testing.assert_close(loss, (F.softplus(s) + F.softplus(-t)).mean(), rtol=0, atol=1e-12)
+
+
+def first_three(s: Seen, t: Seen) -> tuple[Seen, Seen, float]:
+    return replace(s, out=s.out[:, :3]), replace(t, out=t.out[:, :3]), 1.0
+
+
+def test_modules_are_built_for_what_the_lens_shows() -> None:
+    student, teacher = pair()
+    losses, distiller = taught(student, teacher, Term(Judged(), through=(first_three,)))
+    assert distiller.methods["judged"].critic.in_features == 3
+    assert losses["judged"].isfinite()
 
 
 # --- a lens that learns ---
@@ -216,9 +227,14 @@ def test_a_recipe_names_a_lens_function_and_a_lens_that_learns() -> None:
         }
     )
     engine = build.lab(plan).engine(0)
-    distiller = engine.scheme.modules()["distiller"]
+    distiller = engine.scheme.modules()["distiller"].train()
     batch = engine.loader.at(0)
     s, t = distiller.student(batch.x), distiller.teachers()[0](batch).out
     losses = distiller(batch)
     torch.testing.assert_close(losses["soft"], soft(standard(s), standard(t), 3.0))
     assert "lenses.0.value" in engine.scheme.players()["student"]
+
+
+def test_a_methods_file_is_no_lens() -> None:
+    """Its function is its equation, even where it bears the file's name."""
+    assert not registry.names("lens").keys() & registry.names("method").keys()

@@ -64,6 +64,11 @@ class Pairwise(Adversary):
     card = Card("none", 2000, ("relation",), taps=("hidden",), per_sample=False)
 
 
+class Broken(Adversary):
+    def rival_loss(self, name: str, s: Seen, t: Seen, batch: Batch) -> Tensor:
+        return self.critic(s.at["hidden"]).mean()  # not projected: of the student's width
+
+
 class Drawn:
     """The same float64 batches in every epoch; some rows nobody labelled."""
 
@@ -170,6 +175,11 @@ def test_a_loss_that_compares_rows_is_refused_by_name() -> None:
     lesson(1, Pairwise())
     with pytest.raises(Refused, match=r"'pairwise' compares the rows .* accumulate = 1"):
         lesson(2, Pairwise())
+
+
+def test_a_rival_that_cannot_work_is_refused_before_the_first_step() -> None:
+    with pytest.raises(Refused, match=r"'broken' cannot compare this pair"):
+        lesson(1, Broken())
 
 
 def tiny() -> Splits:

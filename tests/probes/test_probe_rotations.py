@@ -1,4 +1,4 @@
-"""Probe: a view that turns b rows into 4b with joint labels (SLA, HSSAKD), for a student and for its teacher."""
+"""Probe: a view that turns b rows into 4b with joint labels (SLA, HSSAKD), for a student and its teacher."""
 
 import copy
 from collections.abc import Iterator

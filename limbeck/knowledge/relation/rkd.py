@@ -146,10 +146,11 @@ def _squares(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
     with torch.autocast(x.device.type, enabled=False):
         x = x - x.mean(0)  # moves nothing apart, but keeps small what cancels below
         gram = x @ x.T
-    norms = gram.diagonal()[:, None] + gram.diagonal()
+    norm = x.square().sum(1)  # not gram.diagonal(): torch 2.13's inductor gets that view's gradient wrong
+    norms = norm[:, None] + norm
     square = norms - 2 * gram
-    rounding = 512 * torch.finfo(x.dtype).eps * norms
-    same = (square <= rounding) | torch.eye(len(x), dtype=torch.bool, device=x.device)
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    same = itself | (square <= 512 * torch.finfo(x.dtype).eps * norms)
     return square.masked_fill(same, 0.0)
 
 
@@ -193,7 +194,9 @@ class _Blockwise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, s: Tensor, t: Tensor, chunk: int, mask_degenerate: bool) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx, s: Tensor, t: Tensor, chunk: int, mask_degenerate: bool
+    ) -> Tensor:
         b = len(s)
         grad = torch.zeros_like(s)
         losses = []

@@ -277,9 +277,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        # Of the storage: a broadcast view is as large as it looks only if it is written out.
-        stored = (x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(out) if isinstance(x, Tensor))
-        self.numel = max([self.numel, *stored])
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):  # its storage: a broadcast view only looks large
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.itemsize)
         return out
 
 

@@ -1,0 +1,329 @@
+"""A finished board as a page to keep and as a table in the terminal.
+
+The page is one plain HTML file that needs neither network nor scripts. It says first what was shown and what was not;
+the numbers, the curves and all it takes to repeat the board follow.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+import limbeck
+from limbeck import checkpoint
+from limbeck.board import verdict
+
+NONE = "–"
+COLOURS = {"helped": "green", "hurt": "red"}
+NOTE = (
+    "difference: arm minus the control of the same seed. ±: standard deviation over seeds. p: paired t-test, "
+    "one per arm, not corrected for their number. sec: training of the last stage."
+)
+
+
+def write(folder: Path, result: Mapping[str, Any]) -> Path:
+    """Write a board's page to `folder/report.html`; `result` is what `Board.result()` gives."""
+    metric = Metric.of(result)
+    rivals = [arm for arm in result["arms"] if arm["name"] != result["control"]]
+    page = _template().render(
+        board=result,
+        metric=metric,
+        headline=headline(result["arms"], metric),
+        sentences=[(verdict(arm), sentence(arm, metric)) for arm in rivals],
+        rivals=rivals,
+        rows=_rows(result, metric),
+        strip=_strip(result),
+        curves=_curves(result, metric),
+        control=_control(result),
+        changes=[(arm["name"], _toml_lines(_changes(arm))) for arm in result["arms"]],
+        toml=board_toml(result),
+        version=limbeck.__version__,
+    )
+    path = folder / "report.html"
+    checkpoint.write_atomic(path, page.encode())
+    return path
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """A board for the terminal; readable at 80 columns."""
+    metric = Metric.of(result)
+    grid = Table(
+        title=Text(f"{result['title']} ({_seeds(len(result['seeds']))})"),
+        caption=Text(NOTE),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    grid.add_column("arm", overflow="fold", min_width=8)
+    for heading in (metric.label.replace(" ", "\n"), "difference", "p", "wins"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    grid.add_column("verdict", overflow="fold", min_width=len("no difference"))
+    grid.add_column("sec", justify="right", no_wrap=True)
+    grid.add_column("params", justify="right", no_wrap=True)
+    rows = _rows(result, metric)
+    for row, below in zip(rows, [*rows[1:], None], strict=True):
+        grid.add_row(
+            Text(row.name), row.score, row.difference, row.p, row.wins,
+            Text(row.verdict, style=COLOURS.get(row.verdict, "")), row.seconds, _short(row.parameters),
+            end_section=below is not None and below.teacher != row.teacher,
+        )  # fmt: skip
+    return grid
+
+
+# --- words ---
+
+
+def headline(arms: Sequence[Mapping[str, Any]], metric: "Metric") -> str:
+    """What the whole board showed, in one sentence."""
+    rivals = [arm for arm in arms if arm["difference"] is not None]
+    if not rivals:
+        return "Only the control was run, so there is nothing to compare it with."
+    if len(rivals) == 1:
+        return sentence(rivals[0], metric) + "."
+    order = ["helped", "hurt", "no difference shown"]
+    ranked = sorted(rivals, key=lambda arm: order.index(verdict(arm)) if verdict(arm) in order else len(order))
+    parts = []
+    for said, group in groupby(ranked, verdict):
+        names = [arm["name"] for arm in group]
+        who = _and(names) if len(rivals) <= 6 else f"{len(names)} of {len(rivals)} arms"
+        parts.append(f"{who} {said}" if said in COLOURS else f"{said} for {who}")
+    return f"Against the same network trained without a teacher: {'; '.join(parts)}."
+
+
+def sentence(arm: Mapping[str, Any], metric: "Metric") -> str:
+    """What one arm showed against the control, fit to be quoted alone."""
+    gap, said = arm["difference"], verdict(arm)
+    much = f"{metric.spread(gap['mean'], gap['sd'], signed=True)} {metric.unit}"
+    much += " over the control" if gap["mean"] > 0 else " against the control"
+    wins = f"{gap['wins']} of {_seeds(gap['of'])}"
+    if said in COLOURS:
+        return f"{arm['name']} {said}: {much}, better in {wins} (paired t-test, {_p(gap['p'])})"
+    if gap["p"] is not None:
+        return f"{arm['name']}: {said} ({much}, better in {wins}; paired t-test, {_p(gap['p'])})"
+    why = "not tested with fewer than 3" if gap["of"] < 3 else "a t-test has no answer to equal differences"
+    return f"{arm['name']}: {said} ({much}, better in {wins}; {why})"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a board writes its score: accuracy in percent and points, anything else as a plain number."""
+
+    split: str
+    name: str
+    digits: int
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> "Metric":
+        split, _, name = result["metric"].rpartition(".")
+        spreads = [arm["sd"] for arm in result["arms"]] + [(arm["difference"] or {}).get("sd") for arm in result["arms"]]
+        least = min((sd for sd in spreads if sd), default=1.0)
+        # Enough digits for the smallest spread not to read 0.0.
+        return cls(split, name, min(max(1 if name == "accuracy" else 3, -math.floor(math.log10(least))), 6))
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (%)" if self.name == "accuracy" else self.name
+
+    @property
+    def unit(self) -> str:
+        return "points" if self.name == "accuracy" else self.name
+
+    def spread(self, mean: float, sd: float | None = None, *, signed: bool = False) -> str:
+        """`92.3 ± 0.4`, or without a spread `92.3`."""
+        sign = "+" if signed else ""
+        text = f"{round(mean, self.digits) + 0.0:{sign}.{self.digits}f}".replace("-", "−")
+        return text if sd is None else f"{text} ± {sd:.{self.digits}f}"
+
+
+def _p(p: float) -> str:
+    if p < 0.001:
+        return "p < 0.001"
+    return f"p = {p:.4f}" if abs(p - 0.05) < 0.0005 else f"p = {p:.2g}"  # never round across the line of the verdict
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" if count == 1 else f"{count} seeds"
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _short(count: int) -> str:
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{letter}"
+    return str(count)
+
+
+# --- rows and pictures ---
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, written out; a teacher has no difference, no verdict and no seconds of its own."""
+
+    name: str
+    teacher: bool
+    score: str
+    difference: str
+    p: str
+    wins: str
+    verdict: str
+    seconds: str
+    parameters: int
+
+
+def _rows(result: Mapping[str, Any], metric: Metric) -> list[Row]:
+    rows = [
+        Row(t["name"], True, metric.spread(t["mean"], t["sd"]), NONE, NONE, NONE, "the teacher", NONE, t["parameters"])
+        for t in result["teachers"]
+    ]
+    for arm in result["arms"]:
+        gap, difference, p, wins = arm["difference"], NONE, NONE, NONE
+        if gap is not None:
+            difference = metric.spread(gap["mean"], gap["sd"], signed=True)
+            wins = f"{gap['wins']}/{gap['of']}"
+            p = NONE if gap["p"] is None else _p(gap["p"])[2:].replace("= ", "").replace(" ", "")
+        seconds = f"{arm['seconds']:.1f}" if arm["seconds"] < 100 else f"{arm['seconds']:,.0f}"
+        score = metric.spread(arm["mean"], arm["sd"])
+        rows.append(Row(arm["name"], False, score, difference, p, wins, verdict(arm), seconds, arm["parameters"]))
+    return rows
+
+
+def _control(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(arm for arm in result["arms"] if arm["name"] == result["control"])
+
+
+def _strip(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Every seed's score as a place between 0 and 100 on one common line, and the control's mean on it."""
+    everyone = [*((t, True) for t in result["teachers"]), *((arm, False) for arm in result["arms"])]
+    control = _control(result)["mean"]
+    scores = [score for one, _ in everyone for score in one["scores"] if math.isfinite(score)]
+    low, high = min(scores, default=0.0), max(scores, default=0.0)
+
+    def place(score: float) -> float:
+        return round(_between(score, low, high, 4, 96), 2)
+
+    rows = [
+        (one["name"], teacher, one["scores"], [place(s) for s in one["scores"] if math.isfinite(s)])
+        for one, teacher in everyone
+    ]
+    return {"rows": rows, "control": place(control) if math.isfinite(control) else None}
+
+
+WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 320, 190, 38, 308, 10, 152  # a panel, and the box of its axes within
+
+
+def _curves(result: Mapping[str, Any], metric: Metric) -> dict[str, Any] | None:
+    """A panel an arm: its validation score by epoch, seed by seed and in the mean, over the control's mean."""
+    seeds = {arm["name"]: [_scores(records, metric.name) for records in arm["curves"]] for arm in result["arms"]}
+    values = [score for lines in seeds.values() for line in lines for score in line]
+    if not values:
+        return None
+    last = max(len(line) for lines in seeds.values() for line in lines)
+    across, up = ticks(1, last, whole=True), ticks(min(values), max(values))
+    low, high = min(up[0], min(values)), max(up[-1], max(values))
+
+    def points(line: Iterable[float]) -> list[tuple[float, float]]:
+        return [(x(epoch), y(score)) for epoch, score in enumerate(line, 1)]
+
+    def x(epoch: float) -> float:
+        return round(_between(epoch, 1, last, LEFT, RIGHT), 1)
+
+    def y(score: float) -> float:
+        return round(_between(score, low, high, BOTTOM, TOP), 1)
+
+    mean = {name: points(map(statistics.fmean, zip(*lines, strict=False))) for name, lines in seeds.items()}
+    shown = [name for name in seeds if name != result["control"]] or [result["control"]]
+    return {
+        "across": [(x(t), f"{t:g}") for t in across],
+        "up": [(y(t), f"{t:g}") for t in up],
+        "control": mean[result["control"]],
+        "panels": [(name, mean[name], [points(line) for line in seeds[name]]) for name in shown],
+        "box": {"wide": WIDE, "high": HIGH, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+    }
+
+
+def _scores(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    scores = [record["scores"].get(name, math.nan) for record in records]
+    return scores if all(map(math.isfinite, scores)) else []
+
+
+def _between(value: float, low: float, high: float, start: float, end: float) -> float:
+    """Where `value` of low … high lies on start … end; the middle when there is only one value."""
+    return start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
+
+
+def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Three to six round numbers on low … high; the outer ones may lie just outside, unless only whole ones make sense."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
+    if whole:
+        step = max(1.0, step)
+        return [low, *(n * step for n in range(1, math.floor(high / step) + 1) if n * step > low)]
+    return [round(n * step, 9) for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+# --- TOML: what a person saves to run the board again ---
+
+
+def board_toml(result: Mapping[str, Any]) -> str:
+    """The board as a file that `limbeck board` reads: recipe, seeds and arms, every default written out."""
+    plan = result["recipe"]
+    arms = {arm["name"]: _changes(arm) for arm in result["arms"] if arm["name"] != result["control"]}
+    parts = [
+        _toml_lines({"title": result["title"], "seeds": result["seeds"]}),
+        "[recipe]\n" + _toml_lines({k: v for k, v in plan.items() if k not in ("models", "stages")}),
+        "[recipe.models]\n" + _toml_lines(plan["models"]),
+        *("[[recipe.stages]]\n" + _toml_lines(stage) for stage in plan["stages"]),
+        "[arms]\n" + _toml_lines(arms),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _changes(arm: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the arm's last stage does differently from the recipe's."""
+    return arm.get("changes", {"terms": arm["terms"]})
+
+
+def _toml_lines(content: Mapping[str, Any]) -> str:
+    return "\n".join(f"{_toml_key(key)} = {_toml(value)}" for key, value in content.items() if value is not None)
+
+
+def _toml(value: Any) -> str:
+    """A value on one line; TOML has no null, so a key whose value is None is left out."""
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{_toml_key(key)} = {_toml(v)}" for key, v in value.items() if v is not None)
+        return f"{{ {inside} }}" if inside else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # JSON has NaN and Infinity where TOML has nan and inf
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _template() -> jinja2.Template:
+    shipped = jinja2.PackageLoader("limbeck", "")
+    house = jinja2.Environment(
+        loader=shipped, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return house.get_template("report.html.j2")
