@@ -127,7 +127,7 @@ class Metric:
     def of(cls, result: Mapping[str, Any]) -> "Metric":
         split, _, name = result["metric"].rpartition(".")
         spreads = [arm["sd"] for arm in result["arms"]] + [(arm["difference"] or {}).get("sd") for arm in result["arms"]]
-        least = min((sd for sd in spreads if sd), default=1.0)
+        least = min((sd for sd in spreads if sd and math.isfinite(sd)), default=1.0)
         # Enough digits for the smallest spread not to read 0.0.
         return cls(split, name, min(max(1 if name == "accuracy" else 3, -math.floor(math.log10(least))), 6))
 
@@ -149,7 +149,10 @@ class Metric:
 def _p(p: float) -> str:
     if p < 0.001:
         return "p < 0.001"
-    return f"p = {p:.4f}" if abs(p - 0.05) < 0.0005 else f"p = {p:.2g}"  # never round across the line of the verdict
+    if abs(p - 0.05) < 0.001:  # rounding must not carry p across the line that the verdict draws
+        p = math.floor(p * 10**4) / 10**4
+        return f"p = {p:.3g}"
+    return f"p = {p:.2g}"
 
 
 def _seeds(count: int) -> str:

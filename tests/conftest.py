@@ -21,7 +21,7 @@ SHAPED = [
 # An int will do for a float, as it does for mypy.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
-assert not any(name in sys.modules for name in SHAPED), "limbeck was imported before its shapes could be checked"
+assert not set(SHAPED) & set(sys.modules), "limbeck was imported before its shapes could be checked"
 jaxtyping.install_import_hook(SHAPED, CHECKER)
 
 # Dynamo cannot trace the checks; what it compiles is checked where it runs uncompiled.

@@ -1,7 +1,7 @@
-"""The contract every method passes. Methods are found by listing the folder: a new file is tested without an edit here.
+"""The contract every method passes. Methods are found by listing their folder; a new one needs no edit here.
 
-Each check is a function of `make`, which makes a method with its defaults. At the end are methods that break the
-contract, each in one way; each must be caught.
+Each check is a function of `make`, which makes a method with its defaults. At the end are methods that break
+the contract, each in one way; each must be caught.
 """
 
 import copy
@@ -64,7 +64,7 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.qkv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width))
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
@@ -153,7 +153,7 @@ def case(
     term: Callable[[Method], Term] = Term,
     task: TaskLoss | None = labelled_cross_entropy,
 ) -> Case:
-    """A student and a teacher, and what `make` makes between them. Only the teacher does not depend on `seed`."""
+    """A student, a teacher and what `make` makes between them. Only the teacher does not depend on `seed`."""
     s, t = pair or fitting(make)
     method, student, teacher, loader = make(), net(s, seed + 1, dropout), net(t, dropout=0.5), data()
     distiller = Distiller(student, teacher, term(method), example=loader.at(0), task=task, seed=seed)
@@ -337,8 +337,8 @@ def check_parts_of_a_batch(make: Make) -> None:
     """Micro-batches as the engine cuts them: their losses, weighted by rows, add up to the batch's."""
     if make().card.per_sample:
         look, cut = sight(case(make)), 5
-        labelled = look.batch.y != IGNORE
-        assert labelled[:cut].double().mean() != labelled[cut:].double().mean(), "labels are spread too evenly to tell"
+        labelled = (look.batch.y != IGNORE).double()
+        assert labelled[:cut].mean() != labelled[cut:].mean(), "with labels spread evenly this test is blind"
         parts = 0.0
         for rows, share in ((slice(cut), cut / ROWS), (slice(cut, ROWS), 1 - cut / ROWS)):
             parts = parts + share * look.loss(rows, labelled=share * labelled.sum())

@@ -68,12 +68,12 @@ def test_a_large_index_is_hashed_like_a_small_one() -> None:
 
 def test_three_draws_are_pinned() -> None:
     draws = keyed(Lesson(seed=7, epoch=3), torch.tensor([0, 41, 2**33]), "flip", 1)[:, 0] * 2**24
-    assert draws.tolist() == PINNED
+    assert draws.tolist() == [13668461.0, 1166375.0, 15639796.0]
 
 
 def test_numbers_are_pinned_and_fit_a_seed() -> None:
-    assert number("a") == PINNED_A
-    assert number(0, "step", 1, 2) == PINNED_STEP
+    assert number("a") == 99183506424991868
+    assert number(0, "step", 1, 2) == 3864902479875389900
     assert all(0 <= number(n) < 2**63 for n in range(200))
     assert len({number(n) for n in range(200)}) == 200
 

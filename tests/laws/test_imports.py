@@ -18,18 +18,18 @@ LOOP = {"engine", "world", "checkpoint"}
 NAMES = {"build", "recipe", "registry"}
 DOORS = {"run", "board", "race", "doctor", "report", "export", "distiller"}
 
-BELOW_DOORS = {"core", "pieces"} | LEAVES | LOOP | NAMES
 
-# What each file or folder of limbeck/ may import besides its own files. Names know each other, and so do doors (board
-# uses run), but nothing goes round in circles. `import limbeck` itself opens everything: it is for those on top.
+# What each file or folder of limbeck/ may import besides its own files. Names know each other and so do doors
+# (board uses run), but never in a circle. `import limbeck` opens everything, so it is for those on top.
+INSIDE = {"core", "pieces"} | LEAVES | LOOP | NAMES
 MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
     "pieces": {"core"},
-    **{leaf: {"core", "pieces"} for leaf in LEAVES},
+    **{folder: {"core", "pieces"} for folder in LEAVES},
     **{file: {"core"} for file in LOOP},
-    **{file: BELOW_DOORS for file in NAMES},
-    **{file: BELOW_DOORS | DOORS | {"limbeck"} for file in DOORS},
-    "cli": BELOW_DOORS | DOORS | {"limbeck"},
+    **{file: INSIDE - {file} for file in NAMES},
+    **{file: INSIDE | DOORS | {"limbeck"} for file in DOORS},
+    "cli": INSIDE | DOORS | {"limbeck"},
     "limbeck": {"core"},  # __init__.py: the public names are core's
 }
 

@@ -1,4 +1,4 @@
-"""One paper, one file: it cites, gives the equation and owns up to departures, and its functions say their shapes.
+"""One paper, one file: it cites, gives the equation, owns up to departures, and its functions tell shapes.
 
 And what holds for classes and signatures everywhere: abstract or final, and no knobs passed through unseen.
 """
@@ -29,7 +29,7 @@ def trees(root: Path) -> Iterator[tuple[Path, ast.Module]]:
 
 
 def shapeless(tree: ast.Module) -> list[str]:
-    """Parameters and results of public functions that are of an unsaid type, or tensors of an unsaid shape."""
+    """Parameters and results of public functions that are of no said type, or tensors of no said shape."""
     found = []
     for function in public_functions(tree):
         parameters = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
@@ -62,7 +62,7 @@ def passed_through(root: Path) -> set[str]:
 
 
 def neither_abstract_nor_final(root: Path) -> list[str]:
-    """Classes that extend a subclass of one of the four, or one of the four together with another class of ours."""
+    """Classes that extend a subclass of one of the four, or one of the four and another class of ours."""
     bases = {
         node.name: [ast.unparse(base).split(".")[-1].split("[")[0] for base in node.bases]
         for _, tree in trees(root)
@@ -102,7 +102,7 @@ def test_shapes_stand_in_a_methods_functions(name: str) -> None:
 def test_a_shapeless_tensor_is_seen() -> None:
     good = 'def f(s: Float[Tensor, "b d"], k: int, *, w: Float[Tensor, "b"] | None) -> Float[Tensor, ""]: ...'
     assert not shapeless(ast.parse(good))
-    bad = 'def f(s: Tensor, t: Float[Tensor, "b"] | Tensor, u: list[Tensor], v, *, w: torch.Tensor) -> Tensor: ...'
+    bad = 'def f(s: Tensor, t: Float[Tensor, "b"] | Tensor, u: list[Tensor], v, *, w: torch.Tensor): ...'
     assert shapeless(ast.parse(bad)) == ["f(s)", "f(t)", "f(u)", "f(v)", "f(w)", "f(return)"]
 
 
@@ -117,7 +117,7 @@ def test_what_is_not_abstract_is_final() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["class C(B): pass", "class C(a.B): pass", "class C(B[int]): pass", "class D: pass\nclass C(Method, D): pass"],
+    ["class C(B): ...", "class C(a.B): ...", "class C(B[int]): ...", "class D: ...\nclass C(Method, D): ..."],
 )
 def test_a_class_extended_twice_is_seen(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.py").write_text("class Method(nn.Module, ABC): pass\nclass B(Method): pass\n")

@@ -1,4 +1,4 @@
-"""The folder is the registry: a method's file is all there is to it."""
+"""The folder is the registry: to add a method, add its file."""
 
 import ast
 import shutil
@@ -14,9 +14,10 @@ from limbeck.core.method import Method
 LIMBECK = Path(__file__).parents[2] / "limbeck"
 KNOWLEDGE = LIMBECK / "knowledge"
 FILES = {file.stem: file for file in KNOWLEDGE.rglob("*.py") if file.stem != "__init__"}
-FOLDERS = ("response", "feature", "relation")
+FOLDERS = {Path("response"), Path("feature"), Path("relation")}
+KINDS = ("method", "lens")
 
-NEW = '''
+NEW = """
 from limbeck.core.method import Card, Method
 
 class Mine(Method):
@@ -24,7 +25,7 @@ class Mine(Method):
 
     def loss(self, s, t, batch):
         return s.out.sum()
-'''
+"""
 
 
 def defined(file: Path) -> tuple[list[str], set[str]]:
@@ -35,7 +36,7 @@ def defined(file: Path) -> tuple[list[str], set[str]]:
 
 
 def test_every_file_is_in_one_of_three_folders() -> None:
-    assert {file.parent.relative_to(KNOWLEDGE) for file in FILES.values()} <= set(map(Path, FOLDERS))
+    assert {file.parent.relative_to(KNOWLEDGE) for file in FILES.values()} <= FOLDERS
 
 
 def test_every_file_is_a_method_or_a_lens_and_none_is_both() -> None:
@@ -50,7 +51,7 @@ def test_a_file_defines_one_thing(name: str) -> None:
     assert len(methods) == 1 or (not methods and name in functions)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, n) for kind in ("method", "lens") for n in registry.names(kind)])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in registry.names(kind)])
 def test_find_gives_what_the_file_of_that_name_defines(kind: str, name: str) -> None:
     found, folder = registry.find(kind, name), FILES[name].parent.name
     assert found.__module__ == f"limbeck.knowledge.{folder}.{name}"
