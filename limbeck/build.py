@@ -64,22 +64,17 @@ class Lab:
                 asked.setdefault(name, self.teacher(name))
             terms.append(_term(use, tuple(asked[name] for name in use.teachers)))
         spec = self.recipe.models.get(stage.learns)
-        example = loader.at(0)
         distiller = Distiller(
             learner,
             None,
             terms,
-            example=example,
-            task=self.task.loss if stage.task_weight else None,
+            example=loader.at(0),
+            task=self.task if stage.task_weight else None,
             task_weight=stage.task_weight,
             view=_view(stage.view),
             taps=spec.taps if isinstance(spec, Net) else None,
             seed=self.seed,
         )
-        if stage.task_weight:
-            student, shown = distiller.eval().see(example.to(self.device)).students[0]
-            self.task.check(student, shown)
-        distiller.to(self.device)
         scheme: Scheme = registry.find("scheme", stage.scheme)(distiller)
         steps = stage.epochs * loader.steps
         paces = {

@@ -166,7 +166,8 @@ def _go(work: "Run") -> None:
     result = work.result
     assert result is not None
     _print(
-        f"{_scores(result['scores'])}; {result['parameters']:,} parameters\nShipped: {work.folder / result['shipped']}"
+        f"{_scores(result['scores'])}; {result['parameters']:,} parameters\nShipped: "
+        f"{work.folder / result['shipped']}"
     )
 
 
@@ -178,7 +179,8 @@ def _watch_board(table: "Board") -> None:
             within = 1.0 if moment is None else moment.done
             bar.update(line, completed=cell.number + within, description=f"{name}, seed {cell.seed}")
             if moment is None:
-                done = f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: {_scores(table.scores(cell))}"
+                scores = _scores(table.scores(cell))
+                done = f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: {scores}"
                 bar.console.print(done, markup=False, highlight=False)
 
 

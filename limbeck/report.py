@@ -1,7 +1,7 @@
 """A finished board as a page to keep and as a table in the terminal.
 
-The page is one plain HTML file that needs neither network nor scripts. It says first what was shown and what was not;
-the numbers, the curves and all it takes to repeat the board follow.
+The page is one plain HTML file that needs neither network nor scripts. It says first what was shown and what
+was not; the numbers, the curves and all it takes to repeat the board follow.
 """
 
 import json
@@ -9,8 +9,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +90,14 @@ def headline(arms: Sequence[Mapping[str, Any]], metric: "Metric") -> str:
         return "Only the control was run, so there is nothing to compare it with."
     if len(rivals) == 1:
         return sentence(rivals[0], metric) + "."
-    order = ["helped", "hurt", "no difference shown"]
-    ranked = sorted(rivals, key=lambda arm: order.index(verdict(arm)) if verdict(arm) in order else len(order))
+    groups: dict[str, list[str]] = {"helped": [], "hurt": [], "no difference shown": []}
+    for arm in rivals:
+        groups.setdefault(verdict(arm), []).append(arm["name"])
     parts = []
-    for said, group in groupby(ranked, verdict):
-        names = [arm["name"] for arm in group]
-        who = _and(names) if len(rivals) <= 6 else f"{len(names)} of {len(rivals)} arms"
-        parts.append(f"{who} {said}" if said in COLOURS else f"{said} for {who}")
+    for said, names in groups.items():
+        if names:
+            who = _and(names) if len(rivals) <= 6 else f"{len(names)} of {len(rivals)} arms"
+            parts.append(f"{who} {said}" if said in COLOURS else f"{said} for {who}")
     return f"Against the same network trained without a teacher: {'; '.join(parts)}."
 
 
@@ -126,10 +126,12 @@ class Metric:
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> "Metric":
         split, _, name = result["metric"].rpartition(".")
-        spreads = [arm["sd"] for arm in result["arms"]] + [(arm["difference"] or {}).get("sd") for arm in result["arms"]]
+        arms = result["arms"]
+        spreads = [arm["sd"] for arm in arms] + [arm["difference"]["sd"] for arm in arms if arm["difference"]]
         least = min((sd for sd in spreads if sd and math.isfinite(sd)), default=1.0)
         # Enough digits for the smallest spread not to read 0.0.
-        return cls(split, name, min(max(1 if name == "accuracy" else 3, -math.floor(math.log10(least))), 6))
+        digits = max(1 if name == "accuracy" else 3, -math.floor(math.log10(least)))
+        return cls(split, name, min(digits, 6))
 
     @property
     def label(self) -> str:
@@ -175,33 +177,41 @@ def _short(count: int) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table, written out; a teacher has no difference, no verdict and no seconds of its own."""
+    """A line of the table, written out. A teacher has no difference, no verdict and no seconds of its own."""
 
     name: str
-    teacher: bool
     score: str
-    difference: str
-    p: str
-    wins: str
-    verdict: str
-    seconds: str
     parameters: int
+    teacher: bool = False
+    verdict: str = "the teacher"
+    seconds: str = NONE
+    difference: str = NONE
+    p: str = NONE
+    wins: str = NONE
 
 
 def _rows(result: Mapping[str, Any], metric: Metric) -> list[Row]:
     rows = [
-        Row(t["name"], True, metric.spread(t["mean"], t["sd"]), NONE, NONE, NONE, "the teacher", NONE, t["parameters"])
-        for t in result["teachers"]
+        Row(teacher["name"], metric.spread(teacher["mean"], teacher["sd"]), teacher["parameters"], teacher=True)
+        for teacher in result["teachers"]
     ]
     for arm in result["arms"]:
-        gap, difference, p, wins = arm["difference"], NONE, NONE, NONE
+        gap, seconds = arm["difference"], arm["seconds"]
+        row = Row(
+            arm["name"],
+            metric.spread(arm["mean"], arm["sd"]),
+            arm["parameters"],
+            verdict=verdict(arm),
+            seconds=f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}",
+        )
         if gap is not None:
-            difference = metric.spread(gap["mean"], gap["sd"], signed=True)
-            wins = f"{gap['wins']}/{gap['of']}"
-            p = NONE if gap["p"] is None else _p(gap["p"])[2:].replace("= ", "").replace(" ", "")
-        seconds = f"{arm['seconds']:.1f}" if arm["seconds"] < 100 else f"{arm['seconds']:,.0f}"
-        score = metric.spread(arm["mean"], arm["sd"])
-        rows.append(Row(arm["name"], False, score, difference, p, wins, verdict(arm), seconds, arm["parameters"]))
+            row = replace(
+                row,
+                difference=metric.spread(gap["mean"], gap["sd"], signed=True),
+                p=NONE if gap["p"] is None else _p(gap["p"]).removeprefix("p = ").removeprefix("p "),
+                wins=f"{gap['wins']}/{gap['of']}",
+            )
+        rows.append(row)
     return rows
 
 
@@ -230,8 +240,8 @@ WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 320, 190, 38, 308, 10, 152  # a panel, an
 
 
 def _curves(result: Mapping[str, Any], metric: Metric) -> dict[str, Any] | None:
-    """A panel an arm: its validation score by epoch, seed by seed and in the mean, over the control's mean."""
-    seeds = {arm["name"]: [_scores(records, metric.name) for records in arm["curves"]] for arm in result["arms"]}
+    """A panel an arm: its validation score by epoch, of each seed and in the mean, over the control's mean."""
+    seeds = {arm["name"]: [_scores(one, metric.name) for one in arm["curves"]] for arm in result["arms"]}
     values = [score for lines in seeds.values() for line in lines for score in line]
     if not values:
         return None
@@ -270,7 +280,7 @@ def _between(value: float, low: float, high: float, start: float, end: float) ->
 
 
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Three to six round numbers on low … high; the outer ones may lie just outside, unless only whole ones make sense."""
+    """A few round numbers that span low … high. Whole ones count from `low` and stay within."""
     if not high > low:
         return [low]
     rough = (high - low) / 4
@@ -305,7 +315,7 @@ def _changes(arm: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _toml_lines(content: Mapping[str, Any]) -> str:
-    return "\n".join(f"{_toml_key(key)} = {_toml(value)}" for key, value in content.items() if value is not None)
+    return "\n".join(f"{_toml_key(key)} = {_toml(v)}" for key, v in content.items() if v is not None)
 
 
 def _toml(value: Any) -> str:
@@ -325,8 +335,11 @@ def _toml_key(key: str) -> str:
 
 
 def _template() -> jinja2.Template:
-    shipped = jinja2.PackageLoader("limbeck", "")
     house = jinja2.Environment(
-        loader=shipped, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("limbeck", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return house.get_template("report.html.j2")

@@ -216,7 +216,7 @@ class Run:
         )
 
 
-def resume(folder: Path, **options: Any) -> Run:
+def resume(folder: Path, *, device: str = "cpu", every: float = 60.0) -> Run:
     """The run that a folder holds, where it stopped. Raises `Refused` when there is none."""
     started = _read(folder / "run.json")
     if started is None:
@@ -225,7 +225,7 @@ def resume(folder: Path, **options: Any) -> Run:
             "example runs/NAME."
         )
     plan = recipe.parse(started["recipe"], str(folder / "run.json"))
-    return Run(plan, folder, seed=started["seed"], **options)
+    return Run(plan, folder, seed=started["seed"], device=device, every=every)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a model is shown (Batch) and when (Lesson)."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +29,9 @@ class Lesson:
     labels: Tensor | None = None
 
 
+_NO_LESSON = Lesson()
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows shown to a model.
@@ -45,7 +48,7 @@ class Batch:
     x: Any
     y: Tensor | None = None
     index: Tensor | None = None
-    lesson: Lesson = field(default_factory=Lesson)
+    lesson: Lesson = _NO_LESSON
     labelled: Tensor | None = None
 
     @property

@@ -13,6 +13,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from limbeck.core.method import Method
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Term, to_work
 from limbeck.core.taps import Seen, Tapped
-from limbeck.core.task import labelled_cross_entropy
+from limbeck.core.task import Task, labelled_cross_entropy
 from limbeck.core.teachers import Frozen, Teacher
 
 TaskLoss = Callable[[Seen, Batch], Tensor]
@@ -60,7 +61,8 @@ class Distiller(nn.Module):
         methods: methods and terms, in any mix. A term of weight 0 is not built.
         example: a batch `(x, y)` or `Batch` to take shapes from. Nothing learns or moves while it is looked
             at.
-        task: the ordinary loss beside the methods; None trains without labels.
+        task: the ordinary job beside the methods, a `Task` or its loss `(seen, batch) → scalar`; None trains
+            without labels.
         task_weight: its weight.
         view: what the student is shown instead of the batch (teachers own their views).
         taps: names for looks inside the student, as in `Tapped`.
@@ -78,7 +80,7 @@ class Distiller(nn.Module):
         methods: Method | Term | Sequence[Method | Term],
         *,
         example: Batch | tuple[Any, Tensor | None],
-        task: TaskLoss | None = labelled_cross_entropy,
+        task: Task | TaskLoss | None = labelled_cross_entropy,
         task_weight: float = 1.0,
         view: View | None = None,
         taps: Mapping[str, str] | None = None,
@@ -88,7 +90,7 @@ class Distiller(nn.Module):
         self.student = student
         self.methods = nn.ModuleDict()
         self.lenses = nn.ModuleList()
-        self.task, self.task_weight = task, task_weight
+        self.task, self.task_weight = task.loss if isinstance(task, Task) else task, task_weight
         self.seed = seed
         self._tapped = Tapped(student, taps, "student")
         self._views: list[View | None] = [view]
@@ -108,9 +110,18 @@ class Distiller(nn.Module):
                 "least one."
             )
 
-        batch = example if isinstance(example, Batch) else Batch(example[0], example[1])
-        self._dry_run(batch)
-        to_work(student)
+        device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        self.lenses.to(device)
+        batch = (example if isinstance(example, Batch) else Batch(example[0], example[1])).to(device)
+        sight = self._dry_run(batch)
+        if isinstance(task, Task):
+            task.check(*sight.students[0])
+        if self.task is not None:
+            with _said("The task", "be done with the example"):
+                self.task(*sight.students[0])
+        for use in self._uses:
+            s, shown = sight.students[use.view]
+            self._build(use, s, sight.teachers[use.teacher], shown)
 
     # --- one batch ---
 
@@ -229,28 +240,20 @@ class Distiller(nn.Module):
             weight = weight * factor
         return weight * self._method(use).loss(s, t, batch)
 
-    def _dry_run(self, batch: Batch) -> None:
-        """One eager look at the example in train mode; then modules are built; then every loss is tried.
-        Nothing of it stays."""
-        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
-        batch = batch.to(device)
+    def _dry_run(self, batch: Batch) -> Sight:
+        """One eager look at the example, the student in train mode as it will be. Nothing of it stays."""
         to_work(self.student)
         before = {name: b.clone() for name, b in self.student.named_buffers()}
-        with forked(self.seed, "dry run"):
-            try:
+        try:
+            with forked(self.seed, "dry run"), _said("The student", "be run on the example"):
                 viewed = [batch if view is None else view(batch) for view in self._views]
-                sight = Sight(
-                    [(self._tapped.check(b.x), b) for b in viewed], [t.check(batch) for t in self._teachers]
-                )
-            finally:
-                with torch.no_grad():
-                    for name, b in self.student.named_buffers():
-                        b.copy_(before[name])
-        for use in self._uses:
-            s, shown = sight.students[use.view]
-            self._build(use, s, sight.teachers[use.teacher], shown)
-        self.methods.to(device)
-        self.lenses.to(device)
+                students = [(self._tapped.check(b.x), b) for b in viewed]
+        finally:
+            with torch.no_grad():
+                for name, b in self.student.named_buffers():
+                    b.copy_(before[name])
+        with _said("The teacher", "be run on the example"):
+            return Sight(students, [teacher.check(batch) for teacher in self._teachers])
 
     def _build(self, use: _Use, s: Seen, t: Seen, batch: Batch) -> None:
         method = self._method(use)
@@ -258,11 +261,11 @@ class Distiller(nn.Module):
             if len(s.out) != len(t.out):
                 raise Refused(
                     f"Method '{use.name}' would compare {len(s.out)} rows of the student with {len(t.out)} "
-                    "of the teacher; give both the "
-                    "same view, or views that keep the number of rows."
+                    "of the "
+                    "teacher; give both the same view, or views that keep the number of rows."
                 )
-            if "same_classes" in method.card.needs and s.out.shape[1:] != t.out.shape[1:]:
-                raise ClassesDiffer(use.name, s.out.shape[1:], t.out.shape[1:])
+            if "same_classes" in method.card.needs and s.out.shape[1:2] != t.out.shape[1:2]:
+                raise ClassesDiffer(use.name, s.out.shape[1], t.out.shape[1])
         for need in ("labels", "index"):
             if need in method.card.needs and (batch.y if need == "labels" else batch.index) is None:
                 raise Refused(
@@ -274,22 +277,16 @@ class Distiller(nn.Module):
             for n in method.looks()
             if n in s.at and n in t.at
         )
-        try:
-            with forked(self.seed, "build", use.key):
-                method.build(s, t, batch)
-                method.to(s.out.device if isinstance(s.out, Tensor) else torch.device("cpu"))
-                remembered = {name: b.clone() for name, b in method.named_buffers()}
-                loss = self._taught(replace(use, weight=1.0), s, t, batch)
-                with torch.no_grad():
-                    for name, b in method.named_buffers():
-                        b.copy_(remembered[name])
-        except Refused:
-            raise
-        except (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
-            raise Refused(
-                f"Method '{use.name}' cannot compare this pair (student and teacher show "
-                f"{shapes or 'no taps'}): {str(error).splitlines()[0]}"
-            ) from error
+        pair = f"compare this pair (student and teacher show {shapes or 'no taps'})"
+        like = next((p for p in self.student.parameters() if p.is_floating_point()), torch.empty(0))
+        with _said(f"Method '{use.name}'", pair), forked(self.seed, "build", use.key):
+            method.build(s, t, batch)
+            method.to(like.device, like.dtype)
+            remembered = {name: b.clone() for name, b in method.named_buffers()}
+            loss = self._taught(replace(use, weight=1.0), s, t, batch)
+        with torch.no_grad():
+            for name, b in method.named_buffers():
+                b.copy_(remembered[name])
         if loss.ndim or not torch.isfinite(loss):
             raise Refused(
                 f"The loss of '{use.name}' on the example is {loss.detach()}, expected one finite number; "
@@ -305,18 +302,34 @@ class Distiller(nn.Module):
 class ClassesDiffer(Refused):
     """A method that compares class scores was given a pair with different classes."""
 
-    def __init__(self, method: str, s: torch.Size, t: torch.Size, still: Sequence[str] = ()) -> None:
+    def __init__(self, method: str, s: int, t: int, still: Sequence[str] = ()) -> None:
         self.method, self.s, self.t = method, s, t
-        works = (
-            f"methods that do not read class scores still work: {', '.join(still)}"
-            if still
-            else "feature and relation methods still work"
-        )
+        works = f"methods that do not read class scores still work: {', '.join(still)}"
         super().__init__(
-            f"Method '{method}' compares class scores, and the student has {s[0] if s else 0} classes where "
-            f"the teacher has {t[0] if t else 0}; "
-            f"{works}; or say with `columns` which of the teacher's outputs scores each class."
+            f"Method '{method}' compares class scores, and the student has {s} classes where the teacher has "
+            f"{t}; {works if still else 'feature and relation methods still work'}; or say with `columns` "
+            "which "
+            "of the teacher's outputs scores each class."
         )
+
+
+@contextmanager
+def _said(who: str, what: str) -> Iterator[None]:
+    """What fails inside is said in one sentence: `who` cannot `what`, and torch's own first line."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise Refused(f"{who} cannot {what}: {next(iter(str(error).splitlines()), repr(error))}") from error
 
 
 def _seat(row: list[Any], item: Any) -> int:

@@ -10,13 +10,17 @@ from torch.nn import functional as F
 
 from limbeck.core import across
 from limbeck.core.batch import IGNORE, Batch
+from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
 
 
 def labelled_cross_entropy(s: Seen, batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy of `s.out` (`b k` or `b k …`), mean over the labelled rows of the whole step; 0 when
     there are none."""
-    assert batch.y is not None
+    if batch.y is None:
+        raise Refused(
+            "The task learns from labels, and the batch has none; give it `y`, or train without a task."
+        )
     return across.labelled_mean(F.cross_entropy(s.out, batch.y, reduction="none", ignore_index=IGNORE), batch)
 
 

@@ -9,9 +9,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 
 from limbeck import registry
+from limbeck.core.batch import Lesson
+from limbeck.core.keyed import keyed
 
 ROOT = Path(__file__).parents[2]
 LIMBECK = ROOT / "limbeck"
@@ -104,6 +108,14 @@ def test_a_shapeless_tensor_is_seen() -> None:
     assert not shapeless(ast.parse(good))
     bad = 'def f(s: Tensor, t: Float[Tensor, "b"] | Tensor, u: list[Tensor], v, *, w: torch.Tensor): ...'
     assert shapeless(ast.parse(bad)) == ["f(s)", "f(t)", "f(u)", "f(v)", "f(w)", "f(return)"]
+
+
+def test_shapes_are_checked_at_every_call() -> None:
+    """By tests/conftest.py, in every file that has shapes."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="Int"):
+        keyed(Lesson(), torch.zeros(2, 2).long(), "two axes where one is expected")
+    for name, module in PAPERS.items():
+        assert type(importlib.import_module(module).__loader__).__module__.startswith("jaxtyping"), name
 
 
 def test_no_signature_passes_anything_through() -> None:
