@@ -19,7 +19,7 @@ from limbeck.core.batch import IGNORE, View
 from limbeck.core.distiller import ClassesDiffer, Distiller
 from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
-from limbeck.core.scheme import Ramp, Scheme, Term
+from limbeck.core.scheme import Lens, Ramp, Scheme, Term
 from limbeck.core.task import Task
 from limbeck.core.teachers import Ensemble, Frozen, MeanOf, Teacher
 from limbeck.data.loader import Data, Loader, Splits
@@ -199,9 +199,15 @@ def _term(use: Use, teachers: tuple[Teacher, ...]) -> Term:
         weight=use.weight,
         ramp=None if use.ramp is None else Ramp(use.ramp.epochs, use.ramp.after, use.ramp.shape),
         view=_view(use.view),
-        through=tuple(registry.find("lens", lens) for lens in use.through),
+        through=tuple(_lens(lens) for lens in use.through),
         name=use.method if ":" not in use.method else "",
     )
+
+
+def _lens(name: str) -> Lens:
+    """A lens is a function; one that learns is a class of modules."""
+    found = registry.find("lens", name)
+    return found() if isinstance(found, type) else found
 
 
 def _view(name: str | None) -> View | None:

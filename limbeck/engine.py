@@ -207,7 +207,7 @@ def _parts(batch: Any, parts: int) -> Iterator[tuple[float, Any]]:
             )
         pieces = list(whole.split(parts))
         if whole.y is not None:
-            labelled = across.total((whole.y != IGNORE).sum()).float() / across.processes()
+            labelled = across.total((whole.y != IGNORE).sum()).double() / across.processes()
             pieces = [piece.replace(labelled=labelled * piece.rows / whole.rows) for piece in pieces]
         cut[name] = pieces
     lead = max(streams, key=lambda name: streams[name].rows)

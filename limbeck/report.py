@@ -57,17 +57,20 @@ def table(result: Mapping[str, Any]) -> Table:
     """A board for the terminal; readable at 80 columns."""
     metric = Metric.of(result)
     grid = Table(
-        title=Text(f"{result['title']} ({_seeds(len(result['seeds']))})"),
-        caption=Text(NOTE),
+        title=Text(f"{result['title']} ({_seeds(len(result['seeds']))})", no_wrap=False, overflow="fold"),
+        caption=Text(NOTE, no_wrap=False, overflow="fold"),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    grid.add_column("arm", overflow="fold", min_width=8)
-    for heading in (metric.label.replace(" ", "\n"), "difference", "p", "wins"):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    grid.add_column("verdict", overflow="fold", min_width=len("no difference"))
+    grid.add_column("arm", overflow="fold")
+    grid.add_column(metric.label.replace(" ", "\n"), justify="right", overflow="fold")
+    grid.add_column("difference", justify="right", overflow="fold")
+    grid.add_column("p", justify="right", no_wrap=True)
+    grid.add_column("wins", justify="right", no_wrap=True)
+    grid.add_column("verdict", width=len("no difference"))  # fixed, so that rich narrows the names instead
     grid.add_column("sec", justify="right", no_wrap=True)
     grid.add_column("params", justify="right", no_wrap=True)
     rows = _rows(result, metric)
@@ -192,8 +195,8 @@ class Row:
 
 def _rows(result: Mapping[str, Any], metric: Metric) -> list[Row]:
     rows = [
-        Row(teacher["name"], metric.spread(teacher["mean"], teacher["sd"]), teacher["parameters"], teacher=True)
-        for teacher in result["teachers"]
+        Row(one["name"], metric.spread(one["mean"], one["sd"]), one["parameters"], teacher=True)
+        for one in result["teachers"]
     ]
     for arm in result["arms"]:
         gap, seconds = arm["difference"], arm["seconds"]
@@ -208,7 +211,7 @@ def _rows(result: Mapping[str, Any], metric: Metric) -> list[Row]:
             row = replace(
                 row,
                 difference=metric.spread(gap["mean"], gap["sd"], signed=True),
-                p=NONE if gap["p"] is None else _p(gap["p"]).removeprefix("p = ").removeprefix("p "),
+                p=NONE if gap["p"] is None else _p(gap["p"]).removeprefix("p = ").replace("p < ", "<"),
                 wins=f"{gap['wins']}/{gap['of']}",
             )
         rows.append(row)
@@ -240,7 +243,7 @@ WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 320, 190, 38, 308, 10, 152  # a panel, an
 
 
 def _curves(result: Mapping[str, Any], metric: Metric) -> dict[str, Any] | None:
-    """A panel an arm: its validation score by epoch, of each seed and in the mean, over the control's mean."""
+    """A panel an arm: its validation score by epoch, each seed and the mean, over the control's mean."""
     seeds = {arm["name"]: [_scores(one, metric.name) for one in arm["curves"]] for arm in result["arms"]}
     values = [score for lines in seeds.values() for line in lines for score in line]
     if not values:

@@ -144,11 +144,8 @@ class Run:
     def _take(self, state: dict[str, Any]) -> None:
         self.stage, self.records, self._halfway = state["stage"], list(state["records"]), state["engine"]
         for stage in self.plan.stages[: self.stage]:
-            self.lab.learner(
-                stage
-            )  # what was made from another is made again, so that its weights have a place
-        for name, weights in state["models"].items():
-            self.lab.models[name].load_state_dict(weights)
+            # In order: what was made from another is made again from its trained weights, then gets its own.
+            self.lab.learner(stage).load_state_dict(state["models"][stage.learns])
 
     def _finish(self, engine: Engine) -> None:
         shipped = engine.scheme.shipped()

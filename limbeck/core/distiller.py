@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,8 +120,7 @@ class Distiller(nn.Module):
             with _said("The task", "be done with the example"):
                 self.task(*sight.students[0])
         for use in self._uses:
-            s, shown = sight.students[use.view]
-            self._build(use, s, sight.teachers[use.teacher], shown)
+            self._build(use, sight)
 
     # --- one batch ---
 
@@ -147,8 +146,9 @@ class Distiller(nn.Module):
         if self.task is not None:
             losses["task"] = self.task_weight * self.task(*sight.students[0])
         for use in self._uses:
-            s, batch = sight.students[use.view]
-            loss = self._taught(use, s, sight.teachers[use.teacher], batch)
+            s, t, batch, factor = self._shown(use, sight)
+            weight = use.weight * (1.0 if use.term.ramp is None else use.term.ramp(batch.lesson))
+            loss = weight * factor * self._method(use).loss(s, t, batch)
             losses[use.name] = losses[use.name] + loss if use.name in losses else loss
         return losses
 
@@ -156,12 +156,9 @@ class Distiller(nn.Module):
         """(player, loss) of every rival, with the student and the teachers detached."""
         for use in self._uses:
             method = self._method(use)
-            s, batch = sight.students[use.view]
             for name in method.rivals():
-                yield (
-                    f"{use.key}.{name}",
-                    method.rival_loss(name, s.detach(), sight.teachers[use.teacher].detach(), batch),
-                )
+                s, t, batch, _ = self._shown(use, sight)
+                yield f"{use.key}.{name}", method.rival_loss(name, s.detach(), t.detach(), batch)
 
     def players(self) -> dict[str, dict[str, nn.Parameter]]:
         """What learns: each rival by `method.rival`, and `student` (the student and the methods' own
@@ -233,12 +230,15 @@ class Distiller(nn.Module):
     def _method(self, use: _Use) -> Method:
         return self.methods[use.key]  # type: ignore[return-value]
 
-    def _taught(self, use: _Use, s: Seen, t: Seen, batch: Batch) -> Tensor:
-        weight: float | Tensor = use.weight * (1.0 if use.term.ramp is None else use.term.ramp(batch.lesson))
+    def _shown(self, use: _Use, sight: Sight) -> tuple[Seen, Seen, Batch, float | Tensor]:
+        """What a method is shown: the student, its teacher, the student's batch and the lenses' factor."""
+        s, batch = sight.students[use.view]
+        t = sight.teachers[use.teacher]
+        factor: float | Tensor = 1.0
         for lens in use.term.through:
-            s, t, factor = lens(s, t)
-            weight = weight * factor
-        return weight * self._method(use).loss(s, t, batch)
+            s, t, more = lens(s, t)
+            factor = factor * more
+        return s, t, batch, factor
 
     def _dry_run(self, batch: Batch) -> Sight:
         """One eager look at the example, the student in train mode as it will be. Nothing of it stays."""
@@ -255,8 +255,11 @@ class Distiller(nn.Module):
         with _said("The teacher", "be run on the example"):
             return Sight(students, [teacher.check(batch) for teacher in self._teachers])
 
-    def _build(self, use: _Use, s: Seen, t: Seen, batch: Batch) -> None:
+    def _build(self, use: _Use, sight: Sight) -> None:
+        """Make the method's modules, once what it is shown is what it can use, and try its losses."""
         method = self._method(use)
+        with _said(f"The lens of method '{use.name}'", "look at this pair"):
+            s, t, batch, factor = self._shown(use, sight)
         if isinstance(s.out, Tensor) and isinstance(t.out, Tensor):
             if len(s.out) != len(t.out):
                 raise Refused(
@@ -283,7 +286,9 @@ class Distiller(nn.Module):
             method.build(s, t, batch)
             method.to(like.device, like.dtype)
             remembered = {name: b.clone() for name, b in method.named_buffers()}
-            loss = self._taught(replace(use, weight=1.0), s, t, batch)
+            loss = factor * method.loss(s, t, batch)
+            for rival in method.rivals():
+                method.rival_loss(rival, s.detach(), t.detach(), batch)
         with torch.no_grad():
             for name, b in method.named_buffers():
                 b.copy_(remembered[name])

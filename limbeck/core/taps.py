@@ -65,7 +65,7 @@ class Tapped:
         self.called = called
         self.names: tuple[str, ...] = ()
         self._ear = _Ear()
-        self._out_keys = _parse("out", self.table["out"])[2] if "out" in self.table else None
+        self._out_keys = self._keys_of_out() if "out" in self.table else None
 
     def look(self, names: Iterable[str]) -> None:
         """Look at these too from now on. Raises `Refused` for a tap that does not exist, naming the near
@@ -84,11 +84,14 @@ class Tapped:
             self.names = (*self.names, name)
 
     def __call__(self, x: Any) -> Seen:
-        self._ear.caught = {}
+        at: dict[str, Tensor] = {}
+        self._ear.caught = at
         self._ear.open = True
-        out = self.model(**x) if isinstance(x, Mapping) else self.model(x)
-        self._ear.open = False
-        at, self._ear.caught = self._ear.caught, {}
+        try:
+            out = self.model(**x) if isinstance(x, Mapping) else self.model(x)
+        finally:
+            self._ear.open = False
+            self._ear.caught = {}
         if len(at) < len(self.names):
             missing = next(n for n in self.names if n not in at)
             raise Refused(
@@ -122,6 +125,16 @@ class Tapped:
                     "tensor; tap a module that runs once."
                 )
         return seen
+
+    def _keys_of_out(self) -> tuple[str, ...]:
+        path, side, keys = _parse("out", self.table["out"])
+        if path or side:
+            raise Refused(
+                f"The tap 'out' of the {self.called} is '{self.table['out']}', which names a module, "
+                "expected entries "
+                f"of the model's own output; write it as '[{path}]'."
+            )
+        return keys
 
     def _module(self, name: str, path: str) -> nn.Module:
         modules = dict(self.model.named_modules())
@@ -196,10 +209,10 @@ def _parse(name: str, tap: str) -> tuple[str, str | None, tuple[str, ...]]:
 
 def _choose(value: Any, keys: tuple[str, ...], name: str) -> Any:
     for key in keys:
+        number = int(key) if key.lstrip("-").isdigit() else None
+        named = isinstance(value, Mapping) and (key in value or number is None)
         try:
-            value = (
-                value[int(key)] if key.lstrip("-").isdigit() and not isinstance(value, dict) else value[key]
-            )
+            value = value[key if named or number is None else number]
         except (KeyError, IndexError, TypeError):
             raise Refused(f"Tap '{name}' asks for [{key}], found {_describe(value)}.") from None
     return value

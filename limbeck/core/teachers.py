@@ -2,6 +2,7 @@
 included."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -76,7 +77,8 @@ class Frozen(Teacher):
         self.tapped = Tapped(model, taps, called)
         self.view, self.normalise, self.precision = view, normalise, precision
         self.device = None if device is None else torch.device(device)
-        self.columns = None if columns is None else torch.as_tensor(columns)
+        self.columns = None if columns is None else torch.as_tensor(columns, dtype=torch.long)
+        self._columns = 0 if columns is None else max(columns) + 1
         self._modules = list(model.modules())
 
     def __call__(self, batch: Batch) -> Seen:
@@ -134,6 +136,12 @@ class Frozen(Teacher):
 
         out = back(seen.out)
         if self.columns is not None:
+            if self._columns > out.shape[1]:
+                raise Refused(
+                    f"`columns` asks the {self.tapped.called} for output {self._columns - 1}, and it has "
+                    f"{out.shape[1]} "
+                    f"(0 to {out.shape[1] - 1}); name its output for each of the student's classes."
+                )
             out = out.index_select(1, self.columns.to(home))
         return Seen(out, {name: back(v) for name, v in seen.at.items()}, seen.mask, seen.model)
 
@@ -209,7 +217,7 @@ class Ensemble(Teacher):
         if not teachers:
             raise Refused("An ensemble of no teachers was asked for; give it at least one.")
         weights = [1.0] * len(teachers) if weights is None else list(weights)
-        if len(weights) != len(teachers) or min(weights) < 0 or sum(weights) == 0:
+        if len(weights) != len(teachers) or not all(0 <= w < math.inf for w in weights) or sum(weights) == 0:
             raise Refused(
                 f"An ensemble of {len(teachers)} teachers has weights {weights}; expected one number >= 0 "
                 "for each, not all 0."
@@ -244,6 +252,13 @@ class Ensemble(Teacher):
             teacher.load_state_dict(its)
 
     def _mix(self, answers: list[Seen]) -> Seen:
+        shapes = [tuple(a.out.shape) for a in answers]
+        if len(set(shapes)) > 1:
+            raise Refused(
+                "An ensemble mixes answers of one shape, and its teachers answer "
+                f"{', '.join(map(str, shapes))}; say with "
+                "`columns` which of a teacher's outputs scores each class."
+            )
         logs = torch.stack([a.out.log_softmax(1) for a in answers])
         weights = torch.tensor(self.weights, dtype=logs.dtype, device=logs.device)
         return Seen(torch.logsumexp(logs + weights.log().view(-1, *[1] * (logs.ndim - 1)), 0))

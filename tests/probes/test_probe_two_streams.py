@@ -21,7 +21,7 @@ from limbeck.data.loader import Data, Loader, Streams
 from limbeck.engine import Engine, Pace
 from limbeck.models.cnn import CNN
 
-SOURCE, TARGET, ROWS, EPOCHS = 28, 12, 4, 4
+SOURCE, TARGET, ROWS, EPOCHS = 28, 12, 4, 8
 """7 steps an epoch, and 3 a pass of the target, so that passes straddle epochs."""
 
 
@@ -76,7 +76,7 @@ def engine(seed: int = 0) -> tuple[Engine, Adapt]:
     torch.manual_seed(seed)
     scheme = Adapt(CNN(3, widths=(4, 8)))
     optimiser = torch.optim.SGD(scheme.student.parameters(), lr=0.1, momentum=0.9)
-    pace = Pace(optimiser, lambda step: 1 - step / 50)
+    pace = Pace(optimiser, lambda step: 1 - step / 60)
     return Engine(scheme, streams(), {"student": pace}, epochs=EPOCHS), scheme
 
 

@@ -1,0 +1,409 @@
+"""A board's page says what was shown and no more, shows every arm, trusts no name, and fetches nothing."""
+
+import io
+import json
+import re
+import statistics
+import tomllib
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from limbeck import board as boards
+from limbeck import recipe, report
+
+HOSTILE = """<script>alert('x')</script>"><img src=x onerror=alert(1)>&amp;[red]"""
+CONTROL = [80.0, 81.0, 82.0]
+HELPS, HURTS, UNSURE = (7.0, 10.0, 13.0), (-7.0, -10.0, -13.0), (-1.0, 2.0, 4.0)
+
+
+def plan(stages: int = 2) -> dict[str, Any]:
+    """A recipe of one stage or two, written out as a board's result has it."""
+    content: dict[str, Any] = {
+        "data": "digits",
+        "models": {"teacher": {"name": "cnn", "widths": [16, 32]}, "student": "cnn"},
+        "stages": [
+            {"learner": "teacher", "epochs": 2},
+            {"learner": "student", "epochs": 3, "labels": 100, "optim": {"student": {"lr": 0.05}}},
+        ][-stages:],
+    }
+    return recipe.parse(content).model_dump(mode="json", by_alias=True)
+
+
+def curve(*scores: float, name: str = "accuracy") -> list[dict[str, Any]]:
+    return [
+        {"stage": 1, "epoch": n, "steps": n + 1, "losses": {"task": 1}, "scores": {name: score}, "seconds": 1}
+        for n, score in enumerate(scores)
+    ]
+
+
+def arm(name: str, scores: list[float], control: list[float] | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "terms": [] if control is None else [{"method": "rkd", "weight": 0.5}],
+        "scores": scores,
+        "mean": statistics.fmean(scores),
+        "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "difference": None if control is None else boards.paired(scores, control),
+        "seconds": 3.25,
+        "parameters": 5290,
+        "curves": [curve(10.0, score - 5, score) for score in scores],
+    }
+
+
+def board(gaps: dict[str, tuple[float, ...]], *, seeds: int = 3, teacher: bool = True) -> dict[str, Any]:
+    """A finished board: what each arm gained on the control, seed by seed."""
+    control = CONTROL[:seeds]
+    gained = {name: [c + g for c, g in zip(control, gap, strict=False)] for name, gap in gaps.items()}
+    arms = [arm(name, scores, control) for name, scores in gained.items()]
+    scores = [97.0, 98.0, 97.5][:seeds]
+    taught = {"name": "teacher", "scores": scores, "mean": statistics.fmean(scores), "parameters": 317_034}
+    taught["sd"] = statistics.stdev(scores) if seeds > 1 else None
+    return {
+        "title": "Few labels",
+        "data": "digits",
+        "metric": "test.accuracy",
+        "seeds": list(range(seeds)),
+        "control": "control",
+        "arms": [arm("control", control, None), *arms],
+        "teachers": [taught] if teacher else [],
+        "recipe": plan(2 if teacher else 1),
+        "environment": {"python": "3.13.5", "torch": "2.13.0", "device": "cpu"},
+    }
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: elements, attributes, text, and the rows of its tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: set[str] = set()
+        self.attributes: set[str] = set()
+        self.tables: list[list[list[str]]] = []
+        self.points: list[str] = []
+        self.open: list[str] = []
+        self.text = self.headline = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        self.elements.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+        elif tag == "polyline":
+            self.points.append(dict(attributes)["points"] or "")
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if "h1" in self.open:
+            self.headline += data
+        if {"th", "td"} & {*self.open}:
+            self.tables[-1][-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open.pop() != tag:  # such as <meta> have no end
+            pass
+
+
+def page(folder: Path, result: dict[str, Any]) -> Page:
+    return Page(report.write(folder, result).read_text(encoding="utf-8"))
+
+
+def printed(result: dict[str, Any], width: int = 80, **how: Any) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, **how).print(report.table(result), markup=False, highlight=False)
+    return out.getvalue()
+
+
+# --- what is said ---
+
+
+@pytest.mark.parametrize(
+    ("gaps", "said"),
+    [
+        # With two degrees of freedom p = 1 - t / sqrt(t² + 2), so these can be checked by hand.
+        (
+            HELPS,
+            "kd helped: +10.0 ± 3.0 points over the control, better in 3 of 3 seeds "
+            "(paired t-test, p = 0.029)",
+        ),
+        (
+            HURTS,
+            "kd hurt: −10.0 ± 3.0 points against the control, better in 0 of 3 seeds "
+            "(paired t-test, p = 0.029)",
+        ),
+        (
+            UNSURE,
+            "kd: no difference shown (+1.7 ± 2.5 points over the control, better in 2 of 3 seeds; "
+            "paired t-test, p = 0.37)",
+        ),
+        (
+            (10.0, 10.02, 10.04),
+            "kd helped: +10.02 ± 0.02 points over the control, better in 3 of 3 seeds "
+            "(paired t-test, p < 0.001)",
+        ),
+        (
+            (7.0, 13.0),
+            "kd: too few seeds to say (+10.0 ± 4.2 points over the control, better in 2 of 2 seeds; "
+            "not tested with fewer than 3)",
+        ),
+        (
+            (-7.0,),
+            "kd: too few seeds to say (−7.0 points against the control, better in 0 of 1 seed; "
+            "not tested with fewer than 3)",
+        ),
+    ],
+)
+def test_a_sentence_says_what_was_shown_and_on_what_grounds(
+    tmp_path: Path, gaps: tuple[float, ...], said: str
+) -> None:
+    shown = page(tmp_path, board({"kd": gaps}, seeds=len(gaps)))
+    assert shown.headline == said + "."
+
+
+def test_equal_differences_are_not_blamed_on_the_number_of_seeds() -> None:
+    result = board({"kd": (5.0, 5.0, 5.0)})
+    said = report.sentence(result["arms"][1], report.Metric.of(result))
+    assert "a t-test has no answer to equal differences" in said and "fewer" not in said
+
+
+def test_the_headline_gathers_arms_by_what_they_showed(tmp_path: Path) -> None:
+    few = page(tmp_path, board({"kd": HELPS, "fitnet": UNSURE, "at": HURTS, "rkd": HELPS}))
+    told = "kd and rkd helped; at hurt; no difference shown for fitnet."
+    assert few.headline == f"Against the same network trained without a teacher: {told}"
+    assert "fitnet: no difference shown (+1.7 ± 2.5 points" in few.text
+    many = page(tmp_path, board({f"kd{n}": HELPS if n % 3 else UNSURE for n in range(20)}))
+    assert many.headline.endswith("13 of 20 arms helped; no difference shown for 7 of 20 arms.")
+
+
+def test_a_control_alone_is_compared_with_nothing(tmp_path: Path) -> None:
+    alone = page(tmp_path, board({}))
+    assert alone.headline == "Only the control was run, so there is nothing to compare it with."
+    assert len(alone.points) == 4  # its own panel: three seeds and their mean
+
+
+def test_the_limits_of_what_was_shown_are_said(tmp_path: Path) -> None:
+    text = " ".join(page(tmp_path, board({"kd": HELPS, "fitnet": UNSURE})).text.split())
+    assert "It is not corrected for the number of arms (2 here)" in text
+    assert "The test split was scored once, at the end of every run, and limbeck used it for no" in text
+    assert "difference is the arm minus the control of the same seed" in text
+    assert "No difference shown does not say that there is none" in text
+
+
+@pytest.mark.parametrize("p", [0.0496, 0.04996, 0.05, 0.0502])
+def test_rounding_never_carries_p_across_the_line_of_the_verdict(p: float) -> None:
+    result = board({"kd": HELPS})
+    result["arms"][1]["difference"]["p"] = p
+    said = report.sentence(result["arms"][1], report.Metric.of(result))
+    assert (float(said.split("p = ")[1].rstrip(")")) < 0.05) == ("helped" in said) == (p < 0.05)
+
+
+# --- rows and numbers ---
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_every_arm_has_its_row_in_both_tables(tmp_path: Path, count: int) -> None:
+    names = [f"method-{n}" for n in range(count)]
+    path = report.write(tmp_path, board(dict.fromkeys(names, HELPS)))
+    assert path.stat().st_size < 300_000
+    results, seeds = Page(path.read_text(encoding="utf-8")).tables
+    expected = ["teacher taught the arms", "control without a teacher", *names]
+    for rows in (results, seeds):
+        assert [row[0] for row in rows[1:]] == expected
+    assert results[0][1] == "test accuracy (%)"
+    assert results[1][1:] == ["97.5 ± 0.5", "–", "–", "–", "the teacher", "–", "317,034"]
+    assert results[2][1:] == ["81.0 ± 1.0", "–", "–", "–", "the control", "3.2", "5,290"]
+    assert results[-1][1:] == ["91.0 ± 4.0", "+10.0 ± 3.0", "0.029", "3/3", "helped", "3.2", "5,290"]
+    assert seeds[-1][2:] == ["87.0", "91.0", "95.0"]
+
+
+def test_one_seed_and_one_stage_make_a_page_without_spreads_and_teachers(tmp_path: Path) -> None:
+    shown = page(tmp_path, board({"kd": (7.0,)}, seeds=1, teacher=False))
+    assert [row[0] for row in shown.tables[0][1:]] == ["control without a teacher", "kd"]
+    assert shown.tables[0][-1][1:6] == ["87.0", "+7.0", "–", "1/1", "too few seeds to say"]
+    assert not re.search(r"\bNone\b|\bnan\b", shown.text)
+    assert "times as many" not in shown.text
+
+
+def test_a_score_that_is_no_percentage_gets_more_digits_and_its_own_name(tmp_path: Path) -> None:
+    result = board({"kd": HELPS})
+    result["metric"] = "test.miou"
+    for one in result["arms"]:
+        one["scores"] = [score / 100 for score in one["scores"]]
+        one["mean"], one["sd"] = one["mean"] / 100, one["sd"] / 100
+        one["curves"] = [curve(0.25, 0.5, name="miou")] * 3
+    result["arms"][1]["difference"] = boards.paired(result["arms"][1]["scores"], result["arms"][0]["scores"])
+    shown = page(tmp_path, result)
+    assert shown.headline.startswith("kd helped: +0.100 ± 0.030 miou over the control")
+    assert shown.tables[0][0][1] == "test miou" and "accuracy" not in shown.text and "%" not in shown.text
+    assert "miou" in printed(result) and "accuracy" not in printed(result)
+
+
+# --- curves ---
+
+
+def coordinates(points: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in points.split())]
+
+
+def test_a_panel_draws_the_mean_over_seeds_above_the_control_when_it_is_better(tmp_path: Path) -> None:
+    result = board({"kd": (1.0, 3.0)}, seeds=2)
+    result["arms"][0]["curves"] = [curve(10.0, 20.0)] * 2
+    result["arms"][1]["curves"] = [curve(10.0, 30.0, 40.0), curve(10.0, 50.0, 60.0)]
+    control, first, second, mean = map(coordinates, page(tmp_path, result).points)
+    assert [len(line) for line in (control, first, second, mean)] == [2, 3, 3, 3]
+    for a, b, middle in zip(first, second, mean, strict=True):
+        assert middle == (a[0], pytest.approx((a[1] + b[1]) / 2, abs=0.1))
+    assert mean[1][0] == control[1][0] and mean[1][1] < control[1][1]  # at the same epoch, higher up
+    assert mean[0][0] < mean[1][0] < mean[2][0] and mean[0][1] > mean[1][1] > mean[2][1]
+
+
+def test_without_validation_scores_there_is_no_figure(tmp_path: Path) -> None:
+    result = board({"kd": HELPS})
+    for one in result["arms"]:
+        one["curves"] = [curve(50.0, name="another"), [], curve(float("nan"))]
+    shown = page(tmp_path, result)
+    assert "svg" not in shown.elements and "table" in shown.elements
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(10.0, 97.3), (0.0, 1.0), (0.912, 0.914), (-3.0, 5.0), (99.9, 100.0), (0.0, 1e6)]
+)
+def test_ticks_are_few_even_and_span_the_scores(low: float, high: float) -> None:
+    ticks = report.ticks(low, high)
+    assert 3 <= len(ticks) <= 6 and ticks[0] <= low and ticks[-1] >= high
+    steps = [b - a for a, b in pairwise(ticks)]
+    assert steps == pytest.approx([steps[0]] * len(steps)) and steps[0] > 0
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 9, 21, 240])
+def test_ticks_of_epochs_are_whole_and_within(epochs: int) -> None:
+    ticks = report.ticks(1, epochs, whole=True)
+    assert ticks[0] == 1 and ticks[-1] <= epochs and len(ticks) <= 6
+    assert all(float(t).is_integer() for t in ticks) and ticks == sorted(set(ticks))
+
+
+# --- a page to keep ---
+
+
+def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
+    plain = page(tmp_path, board({"kd": HELPS, "fitnet": UNSURE}))
+    result = board({HOSTILE: HELPS, "fitnet": UNSURE})
+    result["title"] = result["data"] = result["environment"]["machine"] = HOSTILE
+    result["teachers"][0]["name"] = HOSTILE
+    result["recipe"]["models"][HOSTILE] = result["recipe"]["models"]["teacher"]
+    result["arms"][1]["terms"] = [{"method": HOSTILE}]
+    result["arms"][1]["changes"] = {HOSTILE: HOSTILE}
+    shown = page(tmp_path, result)
+    assert (shown.elements, shown.attributes) == (plain.elements, plain.attributes)
+    assert not {"script", "img"} & shown.elements
+    results, seeds = shown.tables
+    assert HOSTILE in shown.headline and results[-2][0] == HOSTILE and HOSTILE in seeds[1][0]
+    assert HOSTILE in printed(result, 400)
+
+
+def test_the_page_is_one_file_that_fetches_and_runs_nothing(tmp_path: Path) -> None:
+    path = report.write(tmp_path, board({"kd": HELPS, "fitnet": UNSURE}))
+    assert path == tmp_path / "report.html" and list(tmp_path.iterdir()) == [path]
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert not re.search(r"https?:|//|@import|url\(|<script|<link|<iframe|\b(src|href|on\w+)=", text)
+    assert "default-src 'none'" in text  # and the browser is told so
+
+
+def test_the_page_is_made_anew_over_an_old_one_in_a_folder_that_may_be_missing(tmp_path: Path) -> None:
+    old = report.write(tmp_path / "a" / "board", board({"kd": HELPS}))
+    new = report.write(tmp_path / "a" / "board", board({"rkd": HURTS}))
+    assert old == new and Page(new.read_text(encoding="utf-8")).headline.startswith("rkd hurt")
+
+
+def test_the_page_holds_a_board_file_that_gives_the_same_board_again(tmp_path: Path) -> None:
+    result = board({"rkd": HELPS, 'odd "name" \\ ü\t\x7f.': UNSURE})
+    result["title"] = 'Few "labels"\n\\ × 2'
+    changes: list[dict[str, Any]] = [
+        {"terms": [{"method": "rkd", "teacher": ["teacher"], "weight": 1e-07, "through": []}]},
+        {"terms": [], "rows": "labelled", "epochs": 33, "optim": {"student": {"lr": 0.5, "nesterov": False}}},
+    ]
+    for one, change in zip(result["arms"][1:], changes, strict=True):
+        one["changes"] = change
+    shown = page(tmp_path, result)
+    file = tmp_path / "board.toml"
+    file.write_text(shown.text[shown.text.index("title = ") :].strip(), encoding="utf-8")
+    whole, arms, seeds, title = boards.read(file)
+    assert whole.model_dump(mode="json", by_alias=True) == result["recipe"]
+    assert arms == dict(zip(["rkd", 'odd "name" \\ ü\t\x7f.'], changes, strict=True))
+    assert (seeds, title) == (result["seeds"], result["title"])
+
+
+def test_what_an_arm_changes_is_shown(tmp_path: Path) -> None:
+    result = board({"rkd": HELPS, "short": UNSURE})
+    result["arms"][2]["changes"] = {"rows": "labelled", "epochs": 33}
+    text = page(tmp_path, result).text
+    assert 'terms = [{ method = "rkd", weight = 0.5 }]' in text
+    assert 'rows = "labelled"\nepochs = 33' in text
+    assert tomllib.loads(report.board_toml(result))["arms"]["short"] == {"rows": "labelled", "epochs": 33}
+
+
+@pytest.mark.parametrize(("device", "option"), [("cpu", ""), ("NVIDIA H200", " --device cuda")])
+def test_the_command_to_repeat_it_names_the_device(tmp_path: Path, device: str, option: str) -> None:
+    result = board({"kd": HELPS})
+    result["environment"]["device"] = device
+    assert f"limbeck board board.toml{option}\n" in page(tmp_path, result).text
+
+
+def test_a_result_read_back_from_its_json_makes_the_same_page(tmp_path: Path) -> None:
+    result = board({"kd": HELPS})
+    again = report.write(tmp_path / "b", json.loads(json.dumps(result)))
+    assert report.write(tmp_path / "a", result).read_bytes() == again.read_bytes()
+
+
+# --- in the terminal ---
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_fits_80_columns_and_cuts_nothing_off(terminal: bool) -> None:
+    names = [f"method-{n}" for n in range(20)]
+    longer = {"labelled rows only": HELPS, "a_name_without_any_space_in_it": HURTS}
+    result = board({**dict.fromkeys(names, UNSURE), **longer})
+    for one in result["arms"]:
+        one["seconds"], one["parameters"] = 123_456.0, 25_557_032
+    text = printed(result, force_terminal=terminal, no_color=True, soft_wrap=not terminal)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in text
+    cells = [line.split() for line in lines if line.strip()]
+    firsts = [row[0] for row in cells]
+    assert [name for name in firsts if name.startswith("method-")] == names
+    assert "a_name_without_any_space_in_it" in "".join(firsts)
+    row = " ".join(cells[firsts.index("method-7")])
+    assert row == "method-7 82.7 ± 3.5 +1.7 ± 2.5 0.37 2/3 no difference 123,456 25.6M"
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_wide_numbers_wrap_and_are_not_cut(width: int) -> None:
+    result = board({"kd": (-12.34, 50.5, 4.0), "steady": (4.0, 4.01, 4.02)})
+    text = printed(result, width)
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for piece in ("95.05", "+14.05", "32.61", "0.53", "1/3", "helped", "5.3k"):
+        assert piece in text
+
+
+def test_the_table_sets_the_teacher_apart_and_marks_the_control() -> None:
+    lines = printed(board({"kd": HELPS, "[red]x[/red]": HURTS})).splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("teacher"))
+    assert "the teacher" in lines[start] and "317.0k" in lines[start]
+    assert not lines[start + 1].strip()
+    assert lines[start + 2].startswith("control") and "the control" in lines[start + 2]
+    assert "helped" in lines[start + 3] and "hurt" in lines[start + 4]
+    assert lines[start + 4].startswith("[red]x[/red]")
+    assert any("not corrected" in line for line in lines)
