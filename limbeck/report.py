@@ -133,8 +133,8 @@ class Metric:
         spreads = [arm["sd"] for arm in arms] + [arm["difference"]["sd"] for arm in arms if arm["difference"]]
         least = min((sd for sd in spreads if sd and math.isfinite(sd)), default=1.0)
         # Enough digits for the smallest spread not to read 0.0.
-        digits = max(1 if name == "accuracy" else 3, -math.floor(math.log10(least)))
-        return cls(split, name, min(digits, 6))
+        needed = -int(f"{least:.0e}".partition("e")[2])
+        return cls(split, name, min(max(1 if name == "accuracy" else 3, needed), 6))
 
     @property
     def label(self) -> str:

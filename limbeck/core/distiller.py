@@ -204,28 +204,25 @@ class Distiller(nn.Module):
         for lens in term.through:
             if isinstance(lens, nn.Module):
                 self.lenses.append(lens)
+        taken = {use.name for use in self._uses}
+        name = next(n for n in _numbered(_name(term)) if n not in taken)
+        if name in ("task", "loss", "logits") or "." in name:
+            raise Refused(
+                f"A term is called '{name}', which is not free for a loss's name; call it something else."
+            )
         for place, teacher in enumerate(teachers):
             lacks = term.method.card.needs & {"teacher_model", "teacher_gradient"} - teacher.offers
             if lacks:
                 raise Refused(
-                    f"Method '{_name(term)}' needs {' and '.join(sorted(lacks))}, which a "
-                    f"{type(teacher).__name__} teacher cannot give; "
-                    "use a live single teacher."
+                    f"Method '{name}' needs {' and '.join(sorted(lacks))}, which a {type(teacher).__name__} "
+                    "teacher "
+                    "cannot give; use a live single teacher."
                 )
-            name = _name(term)
-            numbered = (name if n == 1 else f"{name}_{n}" for n in itertools.count(1))
-            key = next(k for k in numbered if k not in self.methods)
+            key = next(n for n in _numbered(name) if n not in self.methods)
             self.methods[key] = term.method if place == 0 else copy.deepcopy(term.method)
-            self._uses.append(
-                _Use(
-                    name=name if len(teachers) > 1 else key,
-                    key=key,
-                    term=term,
-                    weight=term.weight / len(teachers),
-                    view=0 if term.view is None else _seat(self._views, term.view),
-                    teacher=_seat(self._teachers, teacher),
-                )
-            )
+            view = 0 if term.view is None else _seat(self._views, term.view)
+            weight = term.weight / len(teachers)
+            self._uses.append(_Use(name, key, term, weight, view, _seat(self._teachers, teacher)))
 
     def _method(self, use: _Use) -> Method:
         return self.methods[use.key]  # type: ignore[return-value]
@@ -287,21 +284,22 @@ class Distiller(nn.Module):
             method.to(like.device, like.dtype)
             remembered = {name: b.clone() for name, b in method.named_buffers()}
             loss = factor * method.loss(s, t, batch)
+            if loss.ndim or not torch.isfinite(loss):
+                raise Refused(
+                    f"The loss of '{use.name}' on the example is {loss.detach()}, expected one finite "
+                    "number; look "
+                    "at the data and the taps."
+                )
+            if not _reaches(loss, sight.students[use.view][0]):
+                raise Refused(
+                    f"The loss of '{use.name}' does not depend on the student's weights, so it would teach "
+                    "nothing; check its taps."
+                )
             for rival in method.rivals():
                 method.rival_loss(rival, s.detach(), t.detach(), batch)
         with torch.no_grad():
             for name, b in method.named_buffers():
                 b.copy_(remembered[name])
-        if loss.ndim or not torch.isfinite(loss):
-            raise Refused(
-                f"The loss of '{use.name}' on the example is {loss.detach()}, expected one finite number; "
-                "look at the data and the taps."
-            )
-        if not loss.requires_grad:
-            raise Refused(
-                f"The loss of '{use.name}' does not depend on the student's weights, so it would teach "
-                "nothing; check its taps."
-            )
 
 
 class ClassesDiffer(Refused):
@@ -337,12 +335,26 @@ def _said(who: str, what: str) -> Iterator[None]:
         raise Refused(f"{who} cannot {what}: {next(iter(str(error).splitlines()), repr(error))}") from error
 
 
+def _reaches(loss: Tensor, seen: Seen) -> bool:
+    """Whether the loss has a gradient in anything the student showed."""
+    shown = [v for v in (seen.out, *seen.at.values()) if isinstance(v, Tensor) and v.requires_grad]
+    if not loss.requires_grad or not shown:
+        return False
+    return any(g is not None for g in torch.autograd.grad(loss, shown, retain_graph=True, allow_unused=True))
+
+
 def _seat(row: list[Any], item: Any) -> int:
     """The place of `item` in `row`, taken at its end if it has none yet: who is in the row once is asked
     once."""
     if not any(x is item for x in row):
         row.append(item)
     return next(i for i, x in enumerate(row) if x is item)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """name, name_2, name_3, …"""
+    yield name
+    yield from (f"{name}_{n}" for n in itertools.count(2))
 
 
 def _name(term: Term) -> str:

@@ -1,0 +1,207 @@
+"""Which rows come when is a function of (seed, epoch); what cannot be learned from is refused at the door."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from limbeck.core.batch import IGNORE, Batch
+from limbeck.core.refused import Refused
+from limbeck.data.loader import Data, Loader
+
+CLASSES = ("cat", "dog", "eel")
+
+
+def data(rows: int = 23) -> Data:
+    """Row n holds n; its class is n modulo 3."""
+    return Data(torch.arange(rows * 4).reshape(rows, 1, 2, 2) // 4, torch.arange(rows) % 3, CLASSES)
+
+
+def order(loader: Loader, epoch: int, start: int = 0) -> list[list[int]]:
+    return [batch.index.tolist() for batch in loader.epoch(epoch, start)]
+
+
+# --- order ---
+
+
+def test_the_order_is_fixed_by_seed_and_epoch_and_by_nothing_else() -> None:
+    first = order(Loader(data(), 5, seed=1, epochs=3), 2)
+    busy = Loader(data(), 5, seed=1, epochs=9)
+    torch.rand(3)
+    order(busy, 0)
+    assert order(busy, 2) == first
+    assert order(busy, 1) != first
+    assert order(Loader(data(), 5, seed=2), 2) != first
+
+
+def test_the_batch_size_cuts_the_same_permutation() -> None:
+    fours, twos = Loader(data(), 4, seed=0), Loader(data(), 2, seed=0)
+    assert sum(order(fours, 0), []) == sum(order(twos, 0), [])[:20]
+
+
+def test_an_epoch_is_full_batches_with_every_row_at_most_once() -> None:
+    loader = Loader(data(23), 5, seed=0)
+    rows = order(loader, 0)
+    assert loader.steps == 4 and [len(b) for b in rows] == [5] * 4
+    assert len(set(sum(rows, []))) == 20
+
+
+def test_what_is_left_over_comes_in_another_epoch() -> None:
+    loader = Loader(data(23), 5, seed=0)
+    assert set(sum((sum(order(loader, epoch), []) for epoch in range(6)), [])) == set(range(23))
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_an_epoch_goes_on_from_any_step(start: int) -> None:
+    whole, fresh = Loader(data(), 5, seed=3), Loader(data(), 5, seed=3)
+    assert order(fresh, 1, start) == order(whole, 1)[start:]
+
+
+def test_a_step_counted_over_all_epochs_finds_its_batch() -> None:
+    loader = Loader(data(), 5, seed=3)
+    assert [loader.at(n).index.tolist() for n in range(12)] == sum((order(loader, e) for e in range(3)), [])
+
+
+def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
+    loader = Loader(data(6), 64, seed=0)
+    assert loader.steps == 1
+    assert sorted(order(loader, 0)[0]) == list(range(6))
+
+
+def test_once_is_every_row_in_order_the_last_batch_short() -> None:
+    batches = list(Loader(data(23), 5, seed=0).once(10))
+    assert [b.rows for b in batches] == [10, 10, 3]
+    assert torch.cat([b.index for b in batches]).tolist() == list(range(23))
+    assert torch.cat([b.y for b in batches]).tolist() == data(23).y.tolist()
+
+
+# --- what a batch holds ---
+
+
+def test_x_y_and_index_are_of_the_same_rows() -> None:
+    for batch in Loader(data(), 5, seed=0).epoch(0):
+        assert torch.equal(batch.x[:, 0, 0, 0], batch.index.float())
+        assert torch.equal(batch.y, batch.index % 3)
+
+
+def test_the_lesson_tells_the_time_and_the_facts() -> None:
+    loader = Loader(data(), 5, seed=8, epochs=6)
+    lessons = [batch.lesson for batch in loader.epoch(2)]
+    assert [(n.seed, n.epoch, n.epochs, n.step) for n in lessons] == [(8, 2, 6, step) for step in (8, 9, 10, 11)]
+    assert (lessons[0].samples, lessons[0].classes) == (23, 3)
+    assert torch.equal(lessons[0].labels, data().y)
+
+
+def test_x_stays_small_until_its_batch_and_is_normalised_there() -> None:
+    x = torch.tensor([[[[0, 16]], [[8, 4]]]] * 3, dtype=torch.uint8)
+    small = Data(x, torch.arange(3), CLASSES, scale=1 / 16, mean=(0.5, 0.25), std=(0.5, 2.0))
+    assert small.x.dtype == torch.uint8
+    batch: Batch = Loader(small, 3, seed=0).at(0)
+    assert batch.x.dtype == torch.float32
+    assert batch.x[0].tolist() == [[[-1.0, 1.0]], [[0.125, 0.0]]]
+
+
+# --- several processes ---
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_part_the_batch_that_one_process_would_see(ranks: int) -> None:
+    alone = order(Loader(data(40), 12, seed=4), 1)
+    shares = [order(Loader(data(40), 12, seed=4, rank=rank, ranks=ranks), 1) for rank in range(ranks)]
+    for step, batch in enumerate(alone):
+        dealt = [share[step] for share in shares]
+        assert [len(rows) for rows in dealt] == [12 // ranks] * ranks
+        assert sum(dealt, []) == batch
+
+
+def test_pairs_of_the_permutation_stay_on_one_rank() -> None:
+    permutation = sum(order(Loader(data(40), 40, seed=4), 0), [])
+    partner = {permutation[n]: permutation[n ^ 1] for n in range(40)}
+    for rank in range(2):
+        for rows in order(Loader(data(40), 12, seed=4, rank=rank, ranks=2), 0):
+            assert all(partner[row] in rows for row in rows)
+
+
+@pytest.mark.parametrize(("batch", "ranks"), [(0, 1), (-4, 1), (6, 2), (7, 2), (16, 3)])
+def test_a_batch_that_cannot_be_dealt_is_refused(batch: int, ranks: int) -> None:
+    with pytest.raises(Refused, match=f"batch of {batch} rows cannot be dealt to {ranks}.*multiple of"):
+        Loader(data(40), batch, seed=0, ranks=ranks)
+
+
+def test_a_set_too_small_to_be_dealt_is_refused() -> None:
+    with pytest.raises(Refused, match=r"3 .*2 process"):
+        Loader(data(3), 4, seed=0, ranks=2)
+
+
+# --- a budget of labels ---
+
+
+def kept(part: Data) -> set[int]:
+    return set((part.y != IGNORE).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7, 30, 31, 90])
+def test_a_label_budget_is_exact_and_as_even_over_the_classes_as_can_be(budget: int) -> None:
+    whole = data(90)
+    part = whole.with_labels(budget, seed=0)
+    rows = kept(part)
+    assert len(rows) == budget
+    counts = torch.bincount(part.y[sorted(rows)], minlength=3)
+    assert int(counts.max() - counts.min()) <= 1
+    assert all(part.y[row] == whole.y[row] for row in rows)
+    assert part.x is whole.x
+
+
+def test_when_a_class_runs_out_the_others_fill_the_budget() -> None:
+    y = torch.tensor([0] * 20 + [1] * 20 + [2] * 2)
+    part = Data(torch.zeros(42, 1, 1, 1), y, CLASSES).with_labels(22, seed=0)
+    assert torch.bincount(part.y[part.y != IGNORE]).tolist() == [10, 10, 2]
+
+
+def test_a_smaller_budget_is_part_of_a_larger_one() -> None:
+    budgets = [kept(data(300).with_labels(n, seed=5)) for n in (10, 100, 200, 300)]
+    assert all(small < large for small, large in zip(budgets, budgets[1:], strict=False))
+
+
+def test_the_budget_is_drawn_by_the_seed() -> None:
+    assert kept(data(90).with_labels(30, seed=0)) == kept(data(90).with_labels(30, seed=0))
+    assert kept(data(90).with_labels(30, seed=0)) != kept(data(90).with_labels(30, seed=1))
+
+
+def test_rows_nobody_labelled_are_never_in_the_budget() -> None:
+    y = torch.arange(30) % 3
+    y[::2] = IGNORE
+    part = Data(torch.zeros(30, 1, 1, 1), y, CLASSES).with_labels(15, seed=0)
+    assert kept(part) == set(range(1, 30, 2))
+
+
+@pytest.mark.parametrize("budget", [-1, 24])
+def test_a_budget_that_is_not_there_is_refused(budget: int) -> None:
+    with pytest.raises(Refused, match=f"budget of {budget} .*has 23 labelled samples; ask for 0 to 23"):
+        data(23).with_labels(budget, seed=0)
+
+
+# --- data that cannot be learned from ---
+
+
+def x(rows: int = 4) -> Tensor:
+    return torch.zeros(rows, 1, 2, 2)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_is_refused_with_its_sample(poison: float) -> None:
+    bad = x()
+    bad[1, 0, 1, 1] = bad[3, 0, 0, 0] = poison
+    with pytest.raises(Refused, match="NaN or infinite values in 2 of 4 samples, first in sample 1"):
+        Data(bad, torch.zeros(4, dtype=torch.long), CLASSES)
+
+
+@pytest.mark.parametrize("label", [3, -1, -99])
+def test_a_label_outside_the_classes_is_refused_with_its_sample(label: int) -> None:
+    with pytest.raises(Refused, match=rf"Label {label} of sample 2 is outside the 3 classes .*\(0 to 2\).*-100"):
+        Data(x(), torch.tensor([0, IGNORE, label, 7]), CLASSES)
+
+
+@pytest.mark.parametrize(("inputs", "labels"), [(0, 0), (4, 3), (3, 4)])
+def test_data_that_is_empty_or_uneven_is_refused(inputs: int, labels: int) -> None:
+    with pytest.raises(Refused, match=f"{inputs} inputs and {labels} labels"):
+        Data(x(inputs), torch.zeros(labels, dtype=torch.long), CLASSES)
