@@ -100,13 +100,18 @@ class Loader:
     def __init__(
         self, data: Data, batch: int, *, seed: int, epochs: int = 1, rank: int = 0, ranks: int = 1
     ) -> None:
-        if batch < 1 or batch % (2 * ranks if ranks > 1 else 1):
+        least = 2 * ranks if ranks > 1 else 1  # rows for each process, in pairs
+        if batch < 1 or batch % least:
             raise Refused(
-                f"A batch of {batch} rows cannot be dealt to {ranks} process(es); ask for a positive "
-                f"multiple of {2 * ranks if ranks > 1 else 1}."
+                f"A batch of {batch} rows cannot be dealt to {ranks} process(es); ask for a positive multiple of "
+                f"{least}."
+            )
+        if len(data) < least:
+            raise Refused(
+                f"A data set of {len(data)} cannot be dealt to {ranks} processes; bring {least} or more."
             )
         self.data, self.seed, self.epochs = data, seed, epochs
-        self.batch = min(batch, len(data) - len(data) % (2 * ranks if ranks > 1 else 1))
+        self.batch = min(batch, len(data) - len(data) % least)
         self.rank, self.ranks = rank, ranks
         self.steps = len(data) // self.batch
 

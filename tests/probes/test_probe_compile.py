@@ -1,6 +1,6 @@
 """A Distiller with taps, a ramp and a clock that moves compiles into one graph, and stays compiled.
 
-It runs as a script in a process of its own: there the shapes in signatures are not checked, as they are not for users.
+It runs as a script in a process of its own, where the shapes in signatures are as unchecked as for users.
 """
 
 import json
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Soft(Method):
-    """Per-row KL of softened answers, with what methods are tempted to do: the clock, and a memory of earlier steps."""
+    """KL of softened answers, with what methods are tempted to use: the clock and a memory."""
 
     card = Card("none", 2000, ("response",), per_sample=True)
 
@@ -55,7 +55,10 @@ class Hint(Method):
 def made() -> Distiller:
     torch.manual_seed(0)
     student, teacher = CNN(3, widths=(4, 6)), CNN(3, widths=(6, 8))
-    terms = [Term(Soft(), ramp=Ramp(3, after=1)), Term(Hint(), weight=0.5, ramp=Ramp(4, shape="cosine"), view=flipped)]
+    terms = [
+        Term(Soft(), ramp=Ramp(3, after=1)),
+        Term(Hint(), weight=0.5, ramp=Ramp(4, shape="cosine"), view=flipped),
+    ]
     return Distiller(student, teacher, terms, example=batch(0))
 
 
@@ -99,9 +102,19 @@ def main(backend: str) -> None:
 
 
 def report(backend: str, folder: Path, seconds: float) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, __file__, backend], env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        [sys.executable, "-W", "error", __file__, backend],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -109,10 +122,14 @@ def report(backend: str, folder: Path, seconds: float) -> dict:
 
 def judge(found: dict) -> None:
     assert found["breaks"] == 0
-    assert 1 <= found["graphs"] <= 3, found["graphs"]  # one for the first lesson, one for all others, one to spare
+    assert 1 <= found["graphs"] <= 3, found[
+        "graphs"
+    ]  # one for the first lesson, one for all others, one to spare
     assert found["gap"] < 1e-6
     soft = [row[1] for row in found["losses"]]
-    assert soft[:2] == [0.0, 0.0] and min(soft[2:]) > 0  # the ramp stood at 0 in the first epoch, and grew without a new graph
+    assert (
+        soft[:2] == [0.0, 0.0] and min(soft[2:]) > 0
+    )  # the ramp stood at 0 in the first epoch, and grew without a new graph
     assert len({tuple(row) for row in found["losses"]}) == STEPS
 
 

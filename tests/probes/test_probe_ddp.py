@@ -1,6 +1,7 @@
-"""Two processes with unequal labelled rows take the very steps that one process takes on all rows, to the last digits of float64.
+"""Two processes with unequal labelled rows take the very steps that one process takes on all rows.
 
-Each rank runs this file as a script (gloo over a file) and writes what it found; the test compares and never leaves a process behind.
+Each rank runs this file as a script (gloo over a file) and writes what it found; the tests compare, to
+the last digits of float64, and leave no process behind.
 """
 
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,9 @@ class Right(Method):
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
         trust = F.cross_entropy(t.out, batch.y, reduction="none", ignore_index=IGNORE).neg().exp()
-        return across.labelled_mean(trust * F.cross_entropy(s.out, batch.y, reduction="none", ignore_index=IGNORE), batch)
+        return across.labelled_mean(
+            trust * F.cross_entropy(s.out, batch.y, reduction="none", ignore_index=IGNORE), batch
+        )
 
 
 class Hint(Method):
@@ -59,7 +63,7 @@ class Hint(Method):
 
 
 class Distances(Method):
-    """Distances between all pairs of rows, wherever the rows are; behind a projector, whose gradient comes through the gather."""
+    """Distances between all pairs of rows, wherever they are; the projector learns through the gather."""
 
     card = Card("none", 2000, ("relation",), taps=("1",))
 
@@ -109,10 +113,14 @@ def trained(case: str) -> dict[str, Tensor]:
 
 
 def gathered(counts: tuple[int, int]) -> dict[str, Tensor]:
-    """across.gather with unequal rows: what comes, and the gradient that goes back. Ranks weigh what they gathered differently."""
+    """across.gather of unequal rows: what comes, what goes back. Each rank's loss is its own."""
     torch.set_default_dtype(torch.float64)
     rank = across.rank()
-    x = torch.arange(12.0).view(6, 2)[: counts[0]] if rank == 0 else torch.arange(100.0, 112.0).view(6, 2)[: counts[1]]
+    x = (
+        torch.arange(12.0).view(6, 2)[: counts[0]]
+        if rank == 0
+        else torch.arange(100.0, 112.0).view(6, 2)[: counts[1]]
+    )
     x = x.clone().requires_grad_()
     everything = across.gather(x)
     weight = torch.arange(1.0, 1 + everything.numel()).view_as(everything) * (10 if rank else 1)
@@ -123,10 +131,13 @@ def gathered(counts: tuple[int, int]) -> dict[str, Tensor]:
 
 def main(rank: int, folder: Path) -> None:
     """One rank of two: everything, in one meeting."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    meet = f"file://{folder / 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     found = {case: trained(case) for case in LABELLED} | {"gather": gathered((2, 5))}
     for case, tensors in found.items():
-        save_file({name: v.contiguous() for name, v in tensors.items()}, folder / f"{case}-{rank}.safetensors")
+        save_file(
+            {name: v.contiguous() for name, v in tensors.items()}, folder / f"{case}-{rank}.safetensors"
+        )
     dist.barrier()
     os._exit(0)  # gloo's threads may still hold tensors, and would abort a Python that is taking itself down
 
@@ -140,7 +151,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     try:
         for rank in range(2):
             with open(folder / f"{rank}.log", "w") as log:
-                call = [sys.executable, __file__, str(rank), str(folder)]
+                call = [sys.executable, "-W", "error", __file__, str(rank), str(folder)]
                 running.append(subprocess.Popen(call, env=environment, stdout=log, stderr=subprocess.STDOUT))
         until = time.monotonic() + 90
         while any(one.poll() is None for one in running) and not any(one.poll() for one in running):
@@ -152,7 +163,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
             one.wait()
     assert [one.returncode for one in running] == [0, 0], logs(folder)
     return {
-        case: [load_file(folder / f"{case}-{rank}.safetensors") for rank in range(2)] for case in (*LABELLED, "gather")
+        case: [load_file(folder / f"{case}-{rank}.safetensors") for rank in range(2)]
+        for case in (*LABELLED, "gather")
     }
 
 
@@ -172,7 +184,9 @@ def test_two_processes_are_one(ranks: dict[str, list[dict[str, Tensor]]], case: 
     want = trained(case)
     assert (want["0 loss task"] == 0) == (case == "nobody")
     shares = {f"{step} loss {name}" for step in range(STEPS) for name in ("task", "right")}
-    assert len(want) == 3 * STEPS + (STEPS + 1) * (4 + 2 + 2)  # losses; gradients and weights of student and projectors
+    assert len(want) == 3 * STEPS + (STEPS + 1) * (
+        4 + 2 + 2
+    )  # losses; gradients and weights of student and projectors
     for got in ranks[case]:
         assert got.keys() == want.keys()
         for name in want.keys() - shares:
@@ -182,7 +196,9 @@ def test_two_processes_are_one(ranks: dict[str, list[dict[str, Tensor]]], case: 
 
 
 @pytest.mark.parametrize("name", ["0 loss task", "2 loss right"])
-def test_the_ranks_shares_of_a_labelled_mean_average_to_it(ranks: dict[str, list[dict[str, Tensor]]], name: str) -> None:
+def test_the_ranks_shares_of_a_labelled_mean_average_to_it(
+    ranks: dict[str, list[dict[str, Tensor]]], name: str
+) -> None:
     want = trained("unequal")[name]
     first, second = (rank[name] for rank in ranks["unequal"])
     torch.testing.assert_close((first + second) / 2, want, rtol=0, atol=1e-12)
@@ -190,7 +206,9 @@ def test_the_ranks_shares_of_a_labelled_mean_average_to_it(ranks: dict[str, list
     assert ranks["one with none"][1][name] == 0
 
 
-def test_gather_takes_unequal_rows_and_returns_their_gradient(ranks: dict[str, list[dict[str, Tensor]]]) -> None:
+def test_gather_takes_unequal_rows_and_returns_their_gradient(
+    ranks: dict[str, list[dict[str, Tensor]]],
+) -> None:
     want = torch.cat([torch.arange(4.0).view(2, 2), torch.arange(100.0, 110.0).view(5, 2)])
     first, second = ranks["gather"]
     for got in (first, second):

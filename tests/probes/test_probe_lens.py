@@ -1,7 +1,8 @@
-"""A lens changes what a method compares, and the method never knows: logit standardisation and a learned temperature.
+"""A lens changes what a method compares, and the method never knows.
 
-Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024: z → (z - mean) / (std + 1e-7), std unbiased over the classes.
-Li et al., Curriculum Temperature for Knowledge Distillation, AAAI 2023: the temperature learns, and its square scales the loss.
+Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024: z → (z - mean) / (std + 1e-7), std
+unbiased over the classes. Li et al., Curriculum Temperature for Knowledge Distillation, AAAI 2023: the
+temperature learns, and its square scales the loss.
 """
 
 import copy
@@ -34,7 +35,10 @@ def in_float64() -> Iterator[None]:
 
 def soft(s: Tensor, t: Tensor, temperature: float) -> Tensor:
     """T² KL(teacher || student), both softened."""
-    return F.kl_div((s / temperature).log_softmax(1), (t / temperature).softmax(1), reduction="batchmean") * temperature**2
+    return (
+        F.kl_div((s / temperature).log_softmax(1), (t / temperature).softmax(1), reduction="batchmean")
+        * temperature**2
+    )
 
 
 class Soft(Method):
@@ -49,7 +53,7 @@ class Soft(Method):
 
 
 class Judged(Method):
-    """A critic tells the student's logits from the teacher's: a method with a rival, which must see what the method sees."""
+    """A critic tells the student's logits from the teacher's: a rival that must see what the method sees."""
 
     card = Card("none", 2000, ("response",), per_sample=True)
 
@@ -82,7 +86,11 @@ class Temperature(nn.Module):
         self.value = nn.Parameter(torch.tensor([start]))
 
     def forward(self, s: Seen, t: Seen) -> tuple[Seen, Seen, Tensor]:
-        return replace(s, out=s.out / self.value), replace(t, out=t.out / self.value), self.value.squeeze() ** 2
+        return (
+            replace(s, out=s.out / self.value),
+            replace(t, out=t.out / self.value),
+            self.value.squeeze() ** 2,
+        )
 
 
 class Drawn:
@@ -91,7 +99,9 @@ class Drawn:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for step in range(start, self.steps):
             draw = torch.Generator().manual_seed(10 * epoch + step)
-            yield Batch(torch.randn(6, 3, generator=draw, dtype=torch.float64), torch.randint(5, (6,), generator=draw))
+            yield Batch(
+                torch.randn(6, 3, generator=draw, dtype=torch.float64), torch.randint(5, (6,), generator=draw)
+            )
 
 
 BATCH = next(Drawn().epoch(0))
@@ -109,11 +119,15 @@ def taught(student: nn.Module, teacher: nn.Module, *terms: Term) -> tuple[dict[s
 
 def test_a_method_through_a_lens_is_the_method_on_what_the_lens_shows() -> None:
     student, teacher = pair()
-    losses, _ = taught(student, teacher, Term(Soft(), weight=9.0, through=(standardised,)), Term(Soft(), name="plain"))
+    losses, _ = taught(
+        student, teacher, Term(Soft(), weight=9.0, through=(standardised,)), Term(Soft(), name="plain")
+    )
     s, t = student(BATCH.x), teacher(BATCH.x).detach()
     want = 9.0 * soft(standard(s), standard(t), 2.0)
     torch.testing.assert_close(losses["soft"], want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(losses["plain"], soft(s, t, 2.0), rtol=0, atol=1e-12)  # a lens is its own term's alone
+    torch.testing.assert_close(
+        losses["plain"], soft(s, t, 2.0), rtol=0, atol=1e-12
+    )  # a lens is its own term's alone
     torch.testing.assert_close(losses["logits"], s, rtol=0, atol=0)
     got = torch.autograd.grad(losses["soft"], list(student.parameters()))
     for g, w in zip(got, torch.autograd.grad(want, list(student.parameters())), strict=True):
@@ -136,10 +150,17 @@ def test_standardised_logits_forget_shift_and_positive_scale(whose: str) -> None
 def test_lenses_apply_first_to_last() -> None:
     student, teacher = pair()
     through = (standardised, Temperature(3.0))
-    losses, _ = taught(student, teacher, Term(Soft(1.0), through=through), Term(Soft(1.0), through=through[::-1], name="turned"))
+    losses, _ = taught(
+        student,
+        teacher,
+        Term(Soft(1.0), through=through),
+        Term(Soft(1.0), through=through[::-1], name="turned"),
+    )
     s, t = standard(student(BATCH.x)), standard(teacher(BATCH.x))
     torch.testing.assert_close(losses["soft"], soft(s, t, 3.0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(losses["turned"], 9 * soft(s, t, 1.0), rtol=1e-5, atol=0)  # the temperature was standardised away
+    torch.testing.assert_close(
+        losses["turned"], 9 * soft(s, t, 1.0), rtol=1e-5, atol=0
+    )  # the temperature was standardised away
 
 
 def test_a_rival_looks_through_the_lens_too() -> None:
@@ -172,7 +193,9 @@ def lesson() -> tuple[Engine, Distiller]:
     student, teacher = pair()
     distiller = Distiller(student, teacher, [Term(Soft(1.0), through=(Temperature(),))], example=BATCH)
     scheme = Offline(distiller)
-    pace = Pace(torch.optim.SGD(list(scheme.players()["student"].values()), 0.1, momentum=0.9), lambda step: 1.0)
+    pace = Pace(
+        torch.optim.SGD(list(scheme.players()["student"].values()), 0.1, momentum=0.9), lambda step: 1.0
+    )
     return Engine(scheme, Drawn(), {"student": pace}, epochs=2), distiller
 
 
@@ -207,7 +230,9 @@ def test_a_temperature_is_saved_and_resumed(tmp_path: Path) -> None:
 
 
 def tiny() -> Splits:
-    data = Data(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5, tuple("abcde"))
+    data = Data(
+        torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5, tuple("abcde")
+    )
     return Splits(data, data, data)
 
 
@@ -218,7 +243,11 @@ def net(classes: int) -> nn.Module:
 def test_a_recipe_names_a_lens_function_and_a_lens_that_learns() -> None:
     torch.set_default_dtype(torch.float32)  # what the loader makes
     net_, here = {"name": f"{__name__}:net"}, __name__
-    term = {"method": f"{here}:Soft", "through": [f"{here}:standardised", f"{here}:Temperature"], "temperature": 1.0}
+    term = {
+        "method": f"{here}:Soft",
+        "through": [f"{here}:standardised", f"{here}:Temperature"],
+        "temperature": 1.0,
+    }
     plan = recipe.parse(
         {
             "data": f"{here}:tiny",

@@ -1,7 +1,7 @@
 """A learner that is made from a trained model when its stage starts: a copy with fake-quantised convolutions.
 
-Weights are rounded to int8 in the forward and learn through the rounding (straight-through, Bengio et al. 2013); the scales are
-buffers computed from the trained weights. `change` is a function of the user's own, in a file of their own.
+Weights are rounded to int8 in the forward and learn through the rounding (straight-through, Bengio et al.
+2013); the scales are buffers computed from the trained weights. `change` is a function in a user's file.
 """
 
 import importlib
@@ -82,7 +82,13 @@ def plan(*more: dict[str, Any], change: str = "my_quantiser:quantised") -> recip
             "models": {"teacher": {"name": "cnn", "widths": [4, 8]}},
             "stages": [
                 {"learner": "teacher", "epochs": 1, "batch": 256},
-                {"learner": made, "epochs": 1, "batch": 256, "terms": [term], "optim": {"student": {"lr": 0.01}}},
+                {
+                    "learner": made,
+                    "epochs": 1,
+                    "batch": 256,
+                    "terms": [term],
+                    "optim": {"student": {"lr": 0.01}},
+                },
                 *more,
             ],
         }
@@ -116,7 +122,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_the_change_is_made_from_the_trained_weights_and_leaves_them_alone(mine: ModuleType, tmp_path: Path) -> None:
+def test_the_change_is_made_from_the_trained_weights_and_leaves_them_alone(
+    mine: ModuleType, tmp_path: Path
+) -> None:
     run = Run(plan(), tmp_path / "run")
     trained: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -131,7 +139,9 @@ def test_the_change_is_made_from_the_trained_weights_and_leaves_them_alone(mine:
     untrained = build.lab(plan()).models["teacher"].state_dict()
     assert all(not torch.equal(got, untrained[name]) for got, name in zip(mine.seen[-1], conv, strict=True))
 
-    losses = [json.loads(line)["losses"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["losses"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [set(epoch) for epoch in losses] == [{"task"}, {"task", "kd"}]
     assert losses[1]["kd"] > 0
 
@@ -145,7 +155,9 @@ def test_what_ships_is_the_quantised_state_dict(mine: ModuleType, tmp_path: Path
     teacher = dict(run.lab.models["teacher"].named_modules())
     for name, scale in scales.items():  # of the trained weights
         conv = name.partition(".parametrizations")[0]
-        torch.testing.assert_close(scale, teacher[conv].weight.abs().amax((1, 2, 3), keepdim=True) / 127, rtol=0, atol=0)
+        torch.testing.assert_close(
+            scale, teacher[conv].weight.abs().amax((1, 2, 3), keepdim=True) / 127, rtol=0, atol=0
+        )
     weight = dict(learner.named_modules())[conv].weight / scale
     torch.testing.assert_close(weight, weight.round(), rtol=0, atol=1e-4)
     assert weight.unique().numel() > 2
@@ -169,7 +181,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def test_shapes_that_follow_from_trained_weights_are_resumed_in_a_later_stage(mine: ModuleType, tmp_path: Path) -> None:
+def test_shapes_that_follow_from_trained_weights_are_resumed_in_a_later_stage(
+    mine: ModuleType, tmp_path: Path
+) -> None:
     """A pruned copy's shapes are known only once its origin has its trained weights back."""
     later = {"learner": {"name": "last", "from": "student8"}, "epochs": 1, "batch": 256}
     stages = plan(later, change="my_quantiser:gated")

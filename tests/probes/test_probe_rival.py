@@ -1,7 +1,7 @@
-"""A method with a rival (a critic that tells student features from teacher features) carries through gradient accumulation.
+"""A method with a rival (a critic telling student features from the teacher's) bears gradient accumulation.
 
-The truth is a loop written by hand on the whole batch: the critic steps first on detached features, then the student takes the
-gradient of its whole loss at the critic as it now is.
+The truth is a loop written by hand on the whole batch: the critic steps first on detached features, then the
+student takes the gradient of its whole loss at the critic as it now is.
 """
 
 import copy
@@ -22,6 +22,7 @@ from limbeck.data.loader import Data, Splits
 from limbeck.engine import Engine, Pace
 from limbeck.schemes.offline import Offline
 
+
 @pytest.fixture(autouse=True)
 def in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
@@ -34,7 +35,12 @@ ROWS, STEPS = 6, 3  # cut into 4, six rows are parts of one and of two: shares m
 
 def net(classes: int = 3, channels: int = 5, width: int = 4) -> nn.Module:
     """Flattens, one hidden layer tapped as `hidden`, a head."""
-    layers = {"flat": nn.Flatten(), "fc": nn.Linear(channels, width), "hidden": nn.Tanh(), "head": nn.Linear(width, classes)}
+    layers = {
+        "flat": nn.Flatten(),
+        "fc": nn.Linear(channels, width),
+        "hidden": nn.Tanh(),
+        "head": nn.Linear(width, classes),
+    }
     model = nn.Sequential()
     for name, layer in layers.items():
         model.add_module(name, layer)
@@ -42,7 +48,7 @@ def net(classes: int = 3, channels: int = 5, width: int = 4) -> nn.Module:
 
 
 class Adversary(Method):
-    """Projected student features should pass for the teacher's. The projector learns with the student, the critic against both."""
+    """Projected student features should pass for the teacher's. The projector learns with the student."""
 
     card = Card("none", 2000, ("feature",), taps=("hidden",), per_sample=True)
 
@@ -54,7 +60,9 @@ class Adversary(Method):
         return {"critic": self.critic}
 
     def rival_loss(self, name: str, s: Seen, t: Seen, batch: Batch) -> Tensor:
-        return (F.softplus(self.critic(self.project(s.at["hidden"]))) + F.softplus(-self.critic(t.at["hidden"]))).mean()
+        return (
+            F.softplus(self.critic(self.project(s.at["hidden"]))) + F.softplus(-self.critic(t.at["hidden"]))
+        ).mean()
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
         return F.softplus(-self.critic(self.project(s.at["hidden"]))).mean()
@@ -106,7 +114,9 @@ def lesson(accumulate: int, method: Method | None = None) -> tuple[Engine, Disti
     return Engine(scheme, Drawn(), paces, epochs=1, accumulate=accumulate), distiller, teacher
 
 
-def by_hand(batches: list[Batch], project: nn.Linear, critic: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
+def by_hand(
+    batches: list[Batch], project: nn.Linear, critic: nn.Module
+) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
     """(student, projector, critic) after each step, their gradients still on them."""
     student, teacher = pair()
     learners = [*student.parameters(), *project.parameters()]
@@ -143,20 +153,26 @@ def test_accumulated_turns_are_the_true_ones(accumulate: int) -> None:
         mine = (distiller.student, method.project, method.critic)
         for name, got, want in zip(("student", "projector", "critic"), mine, next(truth), strict=True):
             for (where, p), q in zip(got.named_parameters(), want.parameters(), strict=True):
-                # Equal gradients also say that no turn left anything in another player: it would be added here.
-                torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-10, msg=lambda m, n=f"{name}.{where}": f"{n} grad: {m}")
-                torch.testing.assert_close(p, q, rtol=0, atol=1e-10, msg=lambda m, n=f"{name}.{where}": f"{n}: {m}")
+                # Equal also says that no turn left anything in another player: it would be added here.
+                torch.testing.assert_close(
+                    p.grad, q.grad, rtol=0, atol=1e-10, msg=lambda m, n=f"{name}.{where}": f"{n} grad: {m}"
+                )
+                torch.testing.assert_close(
+                    p, q, rtol=0, atol=1e-10, msg=lambda m, n=f"{name}.{where}": f"{n}: {m}"
+                )
         assert all(p.grad is None for p in teacher.parameters())
     assert steps == STEPS
 
 
 def test_each_turn_touches_its_player_alone() -> None:
-    """Seen from inside a batch: after the critic's step nothing of the student has a gradient, and the losses follow that step."""
+    """The critic's turn leaves no gradient in the student, whose losses then follow the critic's step."""
     _, distiller, _ = lesson(1)
     plan = Offline(distiller).turns(Drawn().batches[0])
     players = distiller.players()
     assert players.keys() == {"student", "adversary.critic"}
-    assert {id(p) for p in players["adversary.critic"].values()} == {id(p) for p in distiller.methods["adversary"].critic.parameters()}
+    assert {id(p) for p in players["adversary.critic"].values()} == {
+        id(p) for p in distiller.methods["adversary"].critic.parameters()
+    }
     assert not players["student"].keys() & players["adversary.critic"].keys()
     player, losses = next(plan)
     assert (player, set(losses)) == ("adversary.critic", {"adversary.critic"})
@@ -168,7 +184,9 @@ def test_each_turn_touches_its_player_alone() -> None:
             p.zero_()
     player, losses = next(plan)
     assert player == "student"
-    assert losses["adversary"].item() == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-12)  # softplus(0): the new critic
+    assert losses["adversary"].item() == pytest.approx(
+        torch.tensor(2.0).log().item(), abs=1e-12
+    )  # softplus(0): the new critic
 
 
 def test_a_loss_that_compares_rows_is_refused_by_name() -> None:
@@ -190,14 +208,22 @@ def tiny() -> Splits:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_rival_has_its_own_optimiser_or_one_like_the_students(own: bool) -> None:
-    optim = {"student": {"name": "sgd", "lr": 0.03}} | ({"adversary.critic": {"name": "adam", "lr": 0.004}} if own else {})
+    optim = {"student": {"name": "sgd", "lr": 0.03}} | (
+        {"adversary.critic": {"name": "adam", "lr": 0.004}} if own else {}
+    )
     model = {"name": f"{__name__}:net", "channels": 5, "taps": {"hidden": "hidden"}}
     plan = recipe.parse(
         {
             "data": f"{__name__}:tiny",
             "models": {"teacher": model | {"width": 7}, "student": model},
             "stages": [
-                {"learner": "student", "epochs": 1, "batch": 8, "terms": [{"method": f"{__name__}:Adversary"}], "optim": optim}
+                {
+                    "learner": "student",
+                    "epochs": 1,
+                    "batch": 8,
+                    "terms": [{"method": f"{__name__}:Adversary"}],
+                    "optim": optim,
+                }
             ],
         }
     )
@@ -210,18 +236,30 @@ def test_a_rival_has_its_own_optimiser_or_one_like_the_students(own: bool) -> No
 
     before = {name: p.clone() for name, p in engine.scheme.players()["adversary.critic"].items()}
     list(engine.lessons())
-    assert all(not torch.equal(p, before[name]) for name, p in engine.scheme.players()["adversary.critic"].items())
+    assert all(
+        not torch.equal(p, before[name]) for name, p in engine.scheme.players()["adversary.critic"].items()
+    )
 
 
 def test_an_optimiser_for_nobody_is_refused() -> None:
     plan = recipe.parse(
         {
             "data": f"{__name__}:tiny",
-            "models": {"teacher": {"name": f"{__name__}:net", "channels": 5}, "student": {"name": f"{__name__}:net", "channels": 5}},
+            "models": {
+                "teacher": {"name": f"{__name__}:net", "channels": 5},
+                "student": {"name": f"{__name__}:net", "channels": 5},
+            },
             "stages": [
-                {"learner": "student", "epochs": 1, "terms": [{"method": f"{__name__}:Adversary"}], "optim": {"critic": {}}}
+                {
+                    "learner": "student",
+                    "epochs": 1,
+                    "terms": [{"method": f"{__name__}:Adversary"}],
+                    "optim": {"critic": {}},
+                }
             ],
         }
     )
-    with pytest.raises(Refused, match=r"`optim.critic` names no player; the players are student, adversary.critic"):
+    with pytest.raises(
+        Refused, match=r"`optim.critic` names no player; the players are student, adversary.critic"
+    ):
         build.lab(plan).engine(0)

@@ -1,12 +1,14 @@
-"""A plan that ships more than the student: its body, the projector that was only to help it learn, and the teacher's own head.
+"""A plan that ships more than the student: its body, its projector, the teacher's own head.
 
-Chen et al., Knowledge Distillation with the Reused Teacher Classifier (SimKD), CVPR 2022: the only loss is the squared gap between
-projected student features and the teacher's; what answers is the teacher's classifier on projected student features.
+Chen et al., Knowledge Distillation with the Reused Teacher Classifier (SimKD), CVPR 2022: the only loss is
+the squared gap between projected student features and the teacher's; what answers is the teacher's classifier
+on projected student features.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from limbeck.tasks.classify import Classify
 class Net(nn.Module):
     """A body, and a head with everything in it that a careless train() would move."""
 
-    TAPS = {"features": "body"}
+    TAPS: ClassVar = {"features": "body"}
 
     def __init__(self, classes: int, width: int = 4) -> None:
         super().__init__()
@@ -114,7 +116,9 @@ def trained() -> tuple[SimKD, Net]:
     torch.manual_seed(1)
     loader = Loader(tiny().train, 16, seed=0, epochs=4)
     scheme = SimKD(Distiller(Net(3), old, [SameFeatures()], example=loader.at(0), task=None))
-    pace = Pace(torch.optim.SGD(list(scheme.players()["student"].values()), 0.1, momentum=0.9), lambda step: 1.0)
+    pace = Pace(
+        torch.optim.SGD(list(scheme.players()["student"].values()), 0.1, momentum=0.9), lambda step: 1.0
+    )
     for _ in Engine(scheme, loader, {"student": pace}, epochs=4).lessons():
         pass
     return scheme, old
@@ -125,13 +129,17 @@ def test_the_head_that_ships_is_the_teachers_untouched() -> None:
     fresh = teacher()
     shipped = scheme.shipped()
     assert scheme.modes == [False] * (4 * 12)  # head and its three layers, at each of 12 steps
-    for mine, theirs, before in zip(*(n.head.state_dict().values() for n in (shipped, old, fresh)), strict=True):
+    for mine, theirs, before in zip(
+        *(n.head.state_dict().values() for n in (shipped, old, fresh)), strict=True
+    ):
         assert torch.equal(mine, before) and torch.equal(theirs, before)
     for p in old.parameters():
         assert p.requires_grad and p.grad is None
     torch.manual_seed(1)
     body = Net(3).body
-    assert all(not torch.equal(p, q) for p, q in zip(shipped.body.parameters(), body.parameters(), strict=True))
+    assert all(
+        not torch.equal(p, q) for p, q in zip(shipped.body.parameters(), body.parameters(), strict=True)
+    )
     assert all(p.grad is not None for p in shipped.project.parameters())
 
 
@@ -153,7 +161,9 @@ def test_what_ships_is_what_is_scored_and_counted() -> None:
         features = scheme.distiller.methods["samefeatures"].project(student.eval().body(x))
         by_hand = (old.eval().head(features).argmax(1) == y).double().mean().item() * 100
     assert score == pytest.approx(by_hand, abs=1e-9)
-    assert score > 80 > evaluate(student, Classify(), test.once(8))["accuracy"]  # the student's own head never learned
+    assert (
+        score > 80 > evaluate(student, Classify(), test.once(8))["accuracy"]
+    )  # the student's own head never learned
     body, project, head = ((6 * 4 + 4) + 2 * 4, 4 * 8 + 8, 2 * 8 + (8 * 3 + 3))
     assert sum(p.numel() for p in shipped.parameters()) == body + project + head
 
@@ -170,7 +180,7 @@ def test_what_ships_goes_to_a_file_and_into_a_fresh_copy(tmp_path: Path) -> None
 
 
 def test_a_recipe_ships_it_too(tmp_path: Path) -> None:
-    """The run scores, counts and saves what the scheme ships; the plan is named like any other object of the user's own."""
+    """The run scores, counts and saves what the scheme ships; the scheme is the user's own."""
     net = {"name": f"{__name__}:Net"}
     term = {"method": f"{__name__}:SameFeatures", "teacher": "teacher"}
     plan = recipe.parse(

@@ -1,4 +1,4 @@
-"""Two runs in one process, batch by batch in turns, with one teacher between them: neither notices the other."""
+"""Two runs in one process take turns batch by batch, under one teacher: neither notices the other."""
 
 import gc
 import weakref
@@ -50,9 +50,11 @@ def teacher() -> CNN:
 
 
 def run(old: nn.Module, tap: str, seed: int) -> tuple[Engine, Distiller]:
-    """A student with dropout and BatchNorm, under a teacher that is looked at in a place of this run's own."""
+    """A student with dropout and BatchNorm, under a teacher looked at in a place of this run's own."""
     draw = torch.Generator().manual_seed(seed)
-    data = Data(torch.randn(24, 1, 8, 8, generator=draw), torch.randint(3, (24,), generator=draw), ("a", "b", "c"))
+    data = Data(
+        torch.randn(24, 1, 8, 8, generator=draw), torch.randint(3, (24,), generator=draw), ("a", "b", "c")
+    )
     torch.manual_seed(seed)
     student = CNN(3, widths=(4, 4))
     student.head = nn.Sequential(nn.Dropout(0.5), student.head)
@@ -70,7 +72,9 @@ def hooks(model: nn.Module) -> int:
 
 def end(engine: Engine, distiller: Distiller) -> dict[str, Tensor]:
     state = {name: p.clone() for name, p in distiller.state_dict().items()}
-    return state | {f"grad {name}": p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None}
+    return state | {
+        f"grad {name}": p.grad.clone() for name, p in distiller.named_parameters() if p.grad is not None
+    }
 
 
 ARMS = (("stage1", 1), ("stage2", 2))
