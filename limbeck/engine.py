@@ -205,6 +205,11 @@ def _parts(batch: Any, parts: int) -> Iterator[tuple[float, Any]]:
             raise Refused(
                 f"A batch of {whole.rows} rows cannot be cut into {parts} micro-batches; lower accumulate."
             )
+        if len(streams) > 1 and whole.rows % parts:
+            raise Refused(
+                f"Stream '{name}' has {whole.rows} rows a batch, and beside other streams they must be cut "
+                f"into {parts} equal micro-batches; choose another batch size or accumulate = 1."
+            )
         pieces = list(whole.split(parts))
         if whole.y is not None:
             labelled = across.total((whole.y != IGNORE).sum()).double() / across.processes()

@@ -19,7 +19,7 @@ from limbeck.core.scheme import Ramp, Scheme, Term, Turn
 from limbeck.core.taps import Seen
 from limbeck.core.teachers import Frozen, MeanOf
 from limbeck.data.loader import Data, Loader
-from limbeck.engine import Engine, Pace, Record, evaluate
+from limbeck.engine import Engine, Pace, Record, _parts, evaluate
 from limbeck.schemes.offline import Offline
 from limbeck.tasks.classify import Classify
 
@@ -324,3 +324,10 @@ def test_evaluation_puts_modes_back_when_the_task_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         evaluate(model, Fails(), Loader(DATA, 8, seed=0).once(8))
     assert all(m.training for m in model.modules())
+
+
+def test_streams_that_cannot_be_cut_evenly_are_refused_by_name() -> None:
+    batch = {"source": Batch(torch.zeros(8, 1)), "target": Batch(torch.zeros(6, 1))}
+    with pytest.raises(Refused, match=r"'target' has 6 rows .* 4 equal"):
+        list(_parts(batch, 4))
+    assert len(list(_parts(batch, 2))) == 2

@@ -122,7 +122,7 @@ def page(folder: Path, result: dict[str, Any]) -> Page:
 
 def printed(result: dict[str, Any], width: int = 80, **how: Any) -> str:
     out = io.StringIO()
-    Console(file=out, width=width, **how).print(report.table(result), markup=False, highlight=False)
+    Console(file=out, width=width, **how).print(report.table(result))
     return out.getvalue()
 
 
@@ -152,6 +152,11 @@ def printed(result: dict[str, Any], width: int = 80, **how: Any) -> str:
             (10.0, 10.01, 10.02),
             "kd helped: +10.01 ± 0.01 points over the control, better in 3 of 3 seeds "
             "(paired t-test, p < 0.001)",
+        ),
+        (
+            (-1.0, 0.0, 0.97),
+            "kd: no difference shown (+0.0 ± 1.0 points against the control, better in 1 of 3 seeds; "
+            "paired t-test, p = 0.99)",
         ),
         (
             (7.0, 13.0),
@@ -226,6 +231,13 @@ def test_every_arm_has_its_row_in_both_tables(tmp_path: Path, count: int) -> Non
     assert results[2][1:] == ["81.0 ± 1.0", "–", "–", "–", "the control", "3.2", "5,290"]
     assert results[-1][1:] == ["91.0 ± 4.0", "+10.0 ± 3.0", "0.029", "3/3", "helped", "3.2", "5,290"]
     assert seeds[-1][2:] == ["87.0", "91.0", "95.0"]
+
+
+def test_a_score_that_is_not_a_number_has_no_dot(tmp_path: Path) -> None:
+    result = board({"kd": (float("nan"), 1.0, 2.0), "rkd": HELPS})
+    text = report.write(tmp_path, result).read_text(encoding="utf-8")
+    assert "<td>nan</td>" in text and "left:nan" not in text
+    assert len(re.findall("<i style", text)) == 3 + 3 + 2 + 3
 
 
 def test_one_seed_and_one_stage_make_a_page_without_spreads_and_teachers(tmp_path: Path) -> None:
@@ -330,7 +342,7 @@ def test_the_page_is_made_anew_over_an_old_one_in_a_folder_that_may_be_missing(t
 
 def test_the_page_holds_a_board_file_that_gives_the_same_board_again(tmp_path: Path) -> None:
     result = board({"rkd": HELPS, 'odd "name" \\ ü\t\x7f.': UNSURE})
-    result["title"] = 'Few "labels"\n\\ × 2'
+    result["title"] = 'Few "labels"\n\\ × 2 🙂'
     changes: list[dict[str, Any]] = [
         {"terms": [{"method": "rkd", "teacher": ["teacher"], "weight": 1e-07, "through": []}]},
         {"terms": [], "rows": "labelled", "epochs": 33, "optim": {"student": {"lr": 0.5, "nesterov": False}}},
@@ -381,6 +393,7 @@ def test_the_table_fits_80_columns_and_cuts_nothing_off(terminal: bool) -> None:
     text = printed(result, force_terminal=terminal, no_color=True, soft_wrap=not terminal)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in text
+    assert " ".join(text.split()).endswith("sec: training of the last stage.")
     cells = [line.split() for line in lines if line.strip()]
     firsts = [row[0] for row in cells]
     assert [name for name in firsts if name.startswith("method-")] == names

@@ -244,7 +244,7 @@ class Distiller(nn.Module):
         try:
             with forked(self.seed, "dry run"), _said("The student", "be run on the example"):
                 viewed = [batch if view is None else view(batch) for view in self._views]
-                students = [(self._tapped.check(b.x), b) for b in viewed]
+                students = [(_as_leaves(self._tapped.check(b.x)), b) for b in viewed]
         finally:
             with torch.no_grad():
                 for name, b in self.student.named_buffers():
@@ -333,6 +333,16 @@ def _said(who: str, what: str) -> Iterator[None]:
         ValueError,
     ) as error:
         raise Refused(f"{who} cannot {what}: {next(iter(str(error).splitlines()), repr(error))}") from error
+
+
+def _as_leaves(seen: Seen) -> Seen:
+    """The same, cut off from the model: a loss can be asked for its gradient here, and no further."""
+
+    def leaf(v: Any) -> Any:
+        return v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v
+
+    at = {name: leaf(v) for name, v in seen.at.items()}
+    return Seen(leaf(seen.out), at, seen.mask, seen.model, seen.modules)
 
 
 def _reaches(loss: Tensor, seen: Seen) -> bool:

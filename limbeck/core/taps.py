@@ -33,17 +33,19 @@ class Seen:
 
     out: the model's answer (logits, embedding, map …). at: the tapped tensors by name.
     mask: for token inputs, True where a token counts (`b n`); None means all do. model: who answered; None
-        when stored.
+        when stored. modules: the submodule that each tap looks at, so that `build` can read it.
     """
 
     out: Any
     at: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     model: nn.Module | None = None
+    modules: dict[str, nn.Module] = field(default_factory=dict)
 
     def detach(self) -> "Seen":
         out = self.out.detach() if isinstance(self.out, Tensor) else self.out
-        return Seen(out, {name: v.detach() for name, v in self.at.items()}, self.mask, self.model)
+        at = {name: v.detach() for name, v in self.at.items()}
+        return Seen(out, at, self.mask, self.model, self.modules)
 
 
 class Tapped:
@@ -64,6 +66,7 @@ class Tapped:
         self.table = {**getattr(model, "TAPS", {}), **(taps or {})}
         self.called = called
         self.names: tuple[str, ...] = ()
+        self.modules: dict[str, nn.Module] = {}
         self._ear = _Ear()
         self._out_keys = self._keys_of_out() if "out" in self.table else None
 
@@ -82,6 +85,7 @@ class Tapped:
                 handle = module.register_forward_hook(hook.hear_output)
             weakref.finalize(self, handle.remove)
             self.names = (*self.names, name)
+            self.modules[name] = module
 
     def __call__(self, x: Any) -> Seen:
         at: dict[str, Tensor] = {}
@@ -101,7 +105,7 @@ class Tapped:
                 "that runs."
             )
         mask = x["attention_mask"].bool() if isinstance(x, Mapping) and "attention_mask" in x else None
-        return Seen(self._answer(out), at, mask, self.model)
+        return Seen(self._answer(out), at, mask, self.model, self.modules)
 
     def check(self, x: Any) -> Seen:
         """One call that also notices what a traced call cannot: a tap changed in place afterwards, or caught

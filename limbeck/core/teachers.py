@@ -143,7 +143,8 @@ class Frozen(Teacher):
                     f"(0 to {out.shape[1] - 1}); name its output for each of the student's classes."
                 )
             out = out.index_select(1, self.columns.to(home))
-        return Seen(out, {name: back(v) for name, v in seen.at.items()}, seen.mask, seen.model)
+        at = {name: back(v) for name, v in seen.at.items()}
+        return Seen(out, at, seen.mask, seen.model, seen.modules)
 
 
 class MeanOf(Teacher):
@@ -188,11 +189,10 @@ class MeanOf(Teacher):
     def follow(self) -> None:
         self.steps += 1
         decay = min(1 - 1 / (self.steps + 1), self.decay)
-        mine, theirs = self.model.state_dict(), self.learner.state_dict()
+        mine, theirs = _tensors(self.model), _tensors(self.learner)
         floats = [name for name, v in mine.items() if v.is_floating_point()]
-        torch._foreach_lerp_(
-            [mine[n] for n in floats], [theirs[n].to(mine[n].device) for n in floats], 1 - decay
-        )
+        here, there = [mine[n] for n in floats], [theirs[n].to(mine[n].device) for n in floats]
+        torch._foreach_lerp_(here, there, 1 - decay)
         for name in mine.keys() - set(floats):
             mine[name].copy_(theirs[name])
 
@@ -262,6 +262,11 @@ class Ensemble(Teacher):
         logs = torch.stack([a.out.log_softmax(1) for a in answers])
         weights = torch.tensor(self.weights, dtype=logs.dtype, device=logs.device)
         return Seen(torch.logsumexp(logs + weights.log().view(-1, *[1] * (logs.ndim - 1)), 0))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once: a tied weight is in a `state_dict` twice, and would move twice."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 def _normalised(x: Any, normalise: tuple[Any, Any]) -> Any:

@@ -120,16 +120,16 @@ class Loader:
         for step in range(start, self.steps):
             yield self.at(epoch * self.steps + step)
 
-    def at(self, step: int, lesson_seed: int | None = None) -> Batch:
-        """The batch of a step counted over all epochs."""
+    def at(self, step: int, seed: int | None = None) -> Batch:
+        """The batch of a step counted over all epochs. `seed` stands in for the loader's own."""
         epoch, place = divmod(step, self.steps)
-        order = self._order(epoch)
+        lesson = self.lesson(epoch, step)
+        if seed is not None:
+            lesson = replace(lesson, seed=seed)
+        order = self._order(lesson.seed, epoch)
         share = self.batch // self.ranks
         first = place * self.batch + self.rank * share
-        lesson = self.lesson(epoch, step)
-        return self.rows(
-            order[first : first + share], lesson if lesson_seed is None else replace(lesson, seed=lesson_seed)
-        )
+        return self.rows(order[first : first + share], lesson)
 
     def once(self, batch: int) -> Iterator[Batch]:
         """Every row once, in order: for evaluation."""
@@ -145,12 +145,10 @@ class Loader:
             self.seed, epoch, self.epochs, step, len(self.data), len(self.data.classes), self.data.y
         )
 
-    def _order(self, epoch: int) -> Int[Tensor, " n"]:
-        if getattr(self, "_shuffled", (None,))[0] != epoch:
-            self._shuffled = (
-                epoch,
-                torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch)),
-            )
+    def _order(self, seed: int, epoch: int) -> Int[Tensor, " n"]:
+        key = (seed, epoch)
+        if getattr(self, "_shuffled", (None,))[0] != key:
+            self._shuffled = (key, torch.randperm(len(self.data), generator=generator(seed, "order", epoch)))
         return self._shuffled[1]
 
 
@@ -158,8 +156,8 @@ class Streams:
     """Several loaders side by side: a dict of batches by stream. The longest stream is the epoch; shorter
     ones begin again.
 
-    Each stream keeps its own place, a function of the number of steps taken. A stream that begins again
-    within an epoch gets a new order and, through the lesson's seed, new draws in its views.
+    Each stream keeps its own place, a function of the number of steps taken. Through the lesson's seed each
+    pass of each stream has an order and draws of its own: streams over the same samples never walk in step.
     """
 
     def __init__(self, loaders: Mapping[str, Loader]) -> None:
@@ -168,8 +166,12 @@ class Streams:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
         for step in range(epoch * self.steps + start, (epoch + 1) * self.steps):
-            yield {name: self._at(name, loader, epoch, step) for name, loader in self.loaders.items()}
+            yield self.at(step)
 
-    def _at(self, name: str, loader: Loader, epoch: int, step: int) -> Batch:
+    def at(self, step: int) -> dict[str, Batch]:
+        """The batches of a step counted over all epochs."""
+        return {name: self._at(name, loader, step) for name, loader in self.loaders.items()}
+
+    def _at(self, name: str, loader: Loader, step: int) -> Batch:
         drawn = loader.at(step, number(loader.seed, name, step // loader.steps))
-        return drawn.replace(lesson=replace(drawn.lesson, epoch=epoch, step=step))
+        return drawn.replace(lesson=replace(drawn.lesson, epoch=step // self.steps, step=step))

@@ -36,15 +36,17 @@ class Classify(Task):
                 f"The model's answer has {found}, and classification expects logits of shape (rows, "
                 "classes); name the logits with the tap 'out'."
             )
-        labels = batch.lesson.labels if batch.lesson.labels is not None else batch.y
-        if labels is None:
+        # A view may have changed the batch's.
+        known = [y for y in (batch.lesson.labels, batch.y) if y is not None]
+        if not known:
             raise Refused(
                 "The data has no labels, and classification learns from them; give some, or distil without "
                 "a task."
             )
-        if int(labels.max()) >= s.out.shape[1]:
+        highest = max(int(y.max()) for y in known)
+        if highest >= s.out.shape[1]:
             raise Refused(
-                f"The data has label {int(labels.max())}, and the model's head has {s.out.shape[1]} outputs "
-                f"(0 to {s.out.shape[1] - 1}); give the model `classes = {int(labels.max()) + 1}`, or mend "
+                f"The data has label {highest}, and the model's head has {s.out.shape[1]} outputs "
+                f"(0 to {s.out.shape[1] - 1}); give the model `classes = {highest + 1}`, or mend "
                 "the labels."
             )

@@ -264,6 +264,8 @@ def check_gradient_reaches_the_learners_only(make: Make) -> None:
     c.train()  # in turns: a rival's gradient comes from its own
     idle = [name for name, p in c.method.named_parameters() if p.requires_grad and not _learns(p)]
     assert not idle, f"no gradient reaches {idle}"
+    owned = [name for player in c.distiller.players().values() for name in player]
+    assert sorted(owned) == sorted(name for name, p in c.distiller.named_parameters() if p.requires_grad)
 
 
 def check_teacher_stays_as_it_is(make: Make) -> None:
@@ -525,11 +527,11 @@ class Idle(Right):
         self.project = nn.Linear(3, 3)
 
 
-class Detached(Right):
-    """Teaches its own module, and not the student."""
+class Hollow(Right):
+    """Teaches its own module, and the student nothing."""
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
-        return super().loss(s.detach(), t, batch)
+        return super().loss(s.detach(), t, batch) + 0 * s.out.sum()
 
 
 class Drifting(Right):
@@ -677,7 +679,7 @@ WRONG: list[tuple[Make, Callable[[Make], None]]] = [
     (Drifting, check_assembly_leaves_no_trace),
     (Leaking, check_gradient_reaches_the_learners_only),
     (Idle, check_gradient_reaches_the_learners_only),
-    (Detached, check_gradient_reaches_the_learners_only),
+    (Hollow, check_gradient_reaches_the_learners_only),
     (Adopting, check_teacher_stays_as_it_is),
     (Waking, check_teacher_stays_as_it_is),
     (Soothing, check_weight_zero_is_plain_training),

@@ -123,6 +123,24 @@ def test_construction_moves_no_weight_no_buffer_and_no_random_state() -> None:
     assert distiller.methods["feature"].asked == 0  # what a method remembers is untouched by the trial of its loss
 
 
+def test_a_tap_before_a_batchnorm_and_the_answer_may_be_taught_together() -> None:
+    class Early(Feature):
+        card = Card("none", 2000, ("feature",), taps=("body.0",))
+
+        def build(self, s: Seen, t: Seen, batch: Batch) -> None:
+            self.project = nn.Linear(5, 8)
+
+        def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
+            return F.mse_loss(self.project(s.at["body.0"]), t.at["body.0"])
+
+    s = student()
+    before = snapshot(s)
+    distiller = Distiller(s, teacher(), [Response(), Early()], example=PAIR)
+    assert same(snapshot(s), before)
+    distiller(*PAIR)["loss"].backward()
+    assert s.body[0].weight.grad.abs().sum() > 0
+
+
 def test_a_refused_construction_leaves_it_so_too() -> None:
     s = student()
     before, random = snapshot(s), torch.get_rng_state()

@@ -281,3 +281,22 @@ def test_an_ensemble_moves_and_remembers_its_members() -> None:
     again.load_state_dict(copy.deepcopy(ensemble.state_dict()))
     assert torch.equal(again(BATCH).out, ensemble(BATCH).out)
     assert not torch.equal(ensemble(BATCH).out, Ensemble([Frozen(net(seed=5)), Frozen(net())])(BATCH).out)
+
+
+def test_a_mean_moves_a_tied_weight_once_and_follows_buffers_that_are_not_saved() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+            self.b.weight = self.a.weight
+            self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    learner = Tied()
+    mean = MeanOf(learner, decay=0.5)
+    before = mean.model.a.weight.detach().clone()
+    with torch.no_grad():
+        learner.a.weight.add_(1.0)
+        learner.scale.add_(1.0)
+    mean.follow()
+    torch.testing.assert_close(mean.model.a.weight, before + 0.5)
+    torch.testing.assert_close(mean.model.scale, torch.tensor([1.5]))

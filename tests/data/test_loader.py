@@ -6,7 +6,7 @@ from torch import Tensor
 
 from limbeck.core.batch import IGNORE, Batch
 from limbeck.core.refused import Refused
-from limbeck.data.loader import Data, Loader
+from limbeck.data.loader import Data, Loader, Streams
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -205,3 +205,10 @@ def test_a_label_outside_the_classes_is_refused_with_its_sample(label: int) -> N
 def test_data_that_is_empty_or_uneven_is_refused(inputs: int, labels: int) -> None:
     with pytest.raises(Refused, match=f"{inputs} inputs and {labels} labels"):
         Data(x(inputs), torch.zeros(labels, dtype=torch.long), CLASSES)
+
+
+def test_streams_over_the_same_samples_do_not_walk_in_step() -> None:
+    both = Streams({"weak": Loader(data(40), 8, seed=1), "strong": Loader(data(40), 8, seed=1)})
+    drawn = list(both.epoch(0))
+    assert [b["weak"].index.tolist() for b in drawn] != [b["strong"].index.tolist() for b in drawn]
+    assert torch.equal(both.at(2)["weak"].index, drawn[2]["weak"].index)

@@ -1,0 +1,337 @@
+"""A fair board: arms differ in nothing but what is said, the control is honest, and no work is done twice."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+
+from limbeck import recipe
+from limbeck.board import Board, Cell, paired, read, verdict
+from limbeck.core.refused import Refused
+from limbeck.recipe import Recipe
+from limbeck.run import Moment, Stopped
+
+KD = {"terms": [{"method": "kd", "temperature": 2}]}
+RKD = {"terms": [{"method": "rkd", "weight": 0.1}]}
+
+
+def whole(**changes: Any) -> Recipe:
+    """One step an epoch, so that an epoch's mean loss is that of its first batch, before anybody learned."""
+    return recipe.parse(
+        {
+            "data": "digits",
+            "models": {"teacher": {"name": "cnn", "widths": [6]}, "student": {"name": "cnn", "widths": [3]}},
+            "stages": [
+                {"learner": "teacher", "epochs": 2, "batch": 640},
+                {"learner": "student", "epochs": 1, "batch": 1000, "labels": 100},
+            ],
+            **changes,
+        }
+    )
+
+
+def compute(board: Board) -> list[tuple[Cell, Moment | None]]:
+    return list(board.moments())
+
+
+def cell(board: Board, arm: str, seed: int) -> Path:
+    return board.folder / "cells" / arm / str(seed)
+
+
+def weights(board: Board, arm: str, seed: int) -> bytes:
+    return (cell(board, arm, seed) / "student.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Board:
+    """kd and rkd against the control, and the control once more under another name; two seeds; finished."""
+    arms = {"kd": KD, "rkd": RKD, "nothing": {"terms": []}, "kd of weight 0": {"terms": [{"method": "kd", "weight": 0}]}}
+    board = Board(whole(), arms, [0, 4], tmp_path_factory.mktemp("boards") / "tiny")
+    compute(board)
+    return board
+
+
+@pytest.fixture(scope="module")
+def result(board: Board) -> dict[str, Any]:
+    return board.result()
+
+
+# --- fair ---
+
+
+def test_an_arm_that_changes_nothing_is_the_control_bit_for_bit(board: Board) -> None:
+    for seed in board.seeds:
+        for same in ("nothing", "kd of weight 0"):
+            assert weights(board, same, seed) == weights(board, "control", seed)
+        for other in ("kd", "rkd"):
+            assert weights(board, other, seed) != weights(board, "control", seed)
+
+
+def test_arms_begin_with_the_same_weights_and_the_same_batch(board: Board, result: dict[str, Any]) -> None:
+    first = [[curve[0]["losses"]["task"] for curve in arm["curves"]] for arm in result["arms"]]
+    assert all(losses == first[0] for losses in first)
+    assert first[0][0] != first[0][1]  # and seeds with others
+
+
+def test_the_teacher_learns_once_a_seed_and_all_arms_learn_from_it(tmp_path: Path) -> None:
+    board = Board(whole(), {"kd": KD}, [0, 4], tmp_path / "b")
+    moments = [(c.arm, c.seed, m.stage) for c, m in compute(board) if m is not None]
+    assert Counter(moments) == {
+        **{(None, seed, 0): 2 * 1 for seed in (0, 4)},
+        **{(arm, seed, 1): 1 for arm in ("control", "kd") for seed in (0, 4)},
+    }
+
+
+def test_the_shared_teacher_is_the_one_the_whole_recipe_would_train(board: Board, tmp_path: Path) -> None:
+    from limbeck.run import Run
+
+    plan = whole(stages=[whole().stages[0].model_dump(), whole().stages[1].model_dump() | KD])
+    run = Run(plan, tmp_path / "run", seed=4)
+    for _ in run.moments():
+        pass
+    assert (run.folder / "student.safetensors").read_bytes() == weights(board, "kd", 4)
+    teacher = load_file(board.folder / "shared" / "4" / "teacher.safetensors")
+    assert all(torch.equal(teacher[name], w) for name, w in run.lab.models["teacher"].state_dict().items())
+
+
+def test_cells_go_seed_by_seed_with_the_shared_stages_and_the_control_first(board: Board) -> None:
+    cells = board.cells()
+    assert [c.arm for c in cells[:3]] == [None, "control", "kd"]
+    assert [c.seed for c in cells] == [0] * 6 + [4] * 6
+    assert [(c.number, c.cells) for c in cells] == [(n, 12) for n in range(12)]
+
+
+def test_a_recipe_of_one_stage_has_nothing_to_share(tmp_path: Path) -> None:
+    alone = whole(stages=[{"learner": "student", "epochs": 1, "batch": 1000}])
+    board = Board(alone, {"slow": {"optim": {"student": {"lr": 0.001}}}}, [0], tmp_path / "b")
+    assert [c.arm for c in board.cells()] == ["control", "slow"]
+    assert [m.stage for _, m in compute(board) if m] == [0, 0]
+    assert board.result()["teachers"] == []
+
+
+# --- what it says ---
+
+
+def test_its_result_holds_every_score_and_what_they_come_to(board: Board, result: dict[str, Any]) -> None:
+    assert [arm["name"] for arm in result["arms"]] == ["control", "kd", "rkd", "nothing", "kd of weight 0"]
+    assert (result["metric"], result["seeds"], result["control"]) == ("test.accuracy", [0, 4], "control")
+    for arm in result["arms"]:
+        told = [json.loads((cell(board, arm["name"], seed) / "result.json").read_text()) for seed in (0, 4)]
+        assert arm["scores"] == [r["scores"]["test.accuracy"] for r in told]
+        assert arm["mean"] == pytest.approx(sum(arm["scores"]) / 2)
+        assert arm["sd"] == pytest.approx(abs(arm["scores"][0] - arm["scores"][1]) / math.sqrt(2))
+        assert arm["seconds"] == pytest.approx(sum(r["seconds"] for r in told) / 2)
+        assert arm["parameters"] == sum(w.numel() for n, w in shipped(board).items() if "running" not in n and "num_" not in n)
+        assert [[r["stage"] for r in curve] for curve in arm["curves"]] == [[1], [1]]
+    control, kd = result["arms"][:2]
+    assert control["difference"] is None
+    assert kd["difference"] == paired(kd["scores"], control["scores"])
+    assert kd["terms"] == [{"method": "kd", "temperature": 2}]
+    (teacher,) = result["teachers"]
+    assert teacher["name"] == "teacher" and len(teacher["scores"]) == 2
+
+
+def shipped(board: Board) -> dict[str, torch.Tensor]:
+    return load_file(cell(board, "control", 0) / "student.safetensors")
+
+
+def test_its_result_is_also_a_file(board: Board, result: dict[str, Any]) -> None:
+    assert json.loads((board.folder / "board.json").read_text()) == result
+    assert recipe.parse(result["recipe"]) == whole()
+
+
+def test_the_scores_of_a_finished_cell_can_be_asked_for(board: Board, result: dict[str, Any]) -> None:
+    assert board.scores(board.cells()[1])["test.accuracy"] == result["arms"][0]["scores"][0]
+    assert board.scores(board.cells()[0])["test.accuracy"] == result["teachers"][0]["scores"][0]
+
+
+# --- stopped and started again ---
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_a_stopped_board_computes_only_what_is_missing(after: int, tmp_path: Path, board: Board) -> None:
+    def fresh() -> Board:
+        return Board(whole(), {"kd": KD}, [0], tmp_path / "b")
+
+    first = fresh()
+    moments = first.moments()
+    done = [next(moments) for _ in range(after)]
+    first.stop()
+    with pytest.raises(Stopped):
+        for _ in moments:
+            pass
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("*.safetensors") if "checkpoint" not in path.name}
+    again = compute(fresh())
+    steps = [m for _, m in [*done, *again] if m is not None]
+    assert len(steps) in (4, 5)  # the step at which it was asked to stop may have been taken in between
+    assert all(path.stat().st_mtime_ns == then for path, then in finished.items())
+    for arm in ("control", "kd"):
+        assert weights(fresh(), arm, 0) == weights(board, arm, 0)
+
+
+def test_a_finished_board_computes_nothing(board: Board) -> None:
+    again = Board(whole(), {"kd": KD, "rkd": RKD}, [0, 4], board.folder)
+    assert all(moment is None for _, moment in compute(again))
+
+
+def test_another_seed_or_arm_is_added_to_a_finished_board(tmp_path: Path) -> None:
+    compute(Board(whole(), {"kd": KD}, [0], tmp_path / "b"))
+    more = compute(Board(whole(), {"kd": KD, "rkd": RKD}, [0], tmp_path / "b"))
+    assert [(c.arm, m.stage) for c, m in more if m is not None] == [("rkd", 1)]
+
+
+def test_the_folder_of_another_board_is_refused_with_what_differs(board: Board) -> None:
+    other = Board(whole(), {"kd": {"terms": [{"method": "kd", "temperature": 3}]}}, [0], board.folder)
+    with pytest.raises(Refused, match="terms.0.temperature is 2 there and 3 here"):
+        compute(other)
+
+
+# --- what is refused, and then nothing is written ---
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds", "words"),
+    [
+        ({"odd": {"terms": [{"method": "fitnet", "tap": "stage9"}]}}, [0], "Arm 'odd': .*'stage9' does not exist"),
+        ({"odd": {"terms": [{"method": "kdd"}]}}, [0], "arm 'odd'.*no method 'kdd'"),
+        ({"odd": {"epoch": 3}}, [0], "arm 'odd'.*unknown key `epoch`.*`epochs`"),
+        ({"odd": {"epochs": 0}}, [0], "arm 'odd'.*epochs is 0"),
+        ({"kd": KD}, [1, 2, 1], r"seeds \[1, 2, 1\] repeat"),
+        ({"control": KD}, [0], "control"),
+    ],
+)
+def test_an_arm_that_does_not_fit_is_refused_by_name(
+    arms: dict[str, Any], seeds: list[int], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=words):
+        Board(whole(), arms, seeds, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arms_whose_names_look_alike_have_folders_of_their_own(tmp_path: Path) -> None:
+    names = ["a b", "a_b", "a/b", "shared", "..", "ü"]
+    arms = {name: {"optim": {"student": {"lr": 0.01 * (n + 1)}}} for n, name in enumerate(names)}
+    alone = whole(stages=[{"learner": "student", "epochs": 1, "batch": 1000}])
+    board = Board(alone, arms, [0], tmp_path / "in" / "b")
+    compute(board)
+    assert len(board.result()["arms"]) == 7
+    assert len({path.read_bytes() for path in (tmp_path / "in" / "b").rglob("student.safetensors")}) == 7
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "in" / "b" / "cells").iterdir() if path.name == "0"] == []
+
+
+# --- boards as files ---
+
+
+def written(folder: Path, terms: str = "") -> Path:
+    (folder / "r.toml").write_text(
+        'data = "digits"\nmodels = { teacher = "cnn", student = "cnn" }\n'
+        '[[stages]]\nlearner = "teacher"\nepochs = 1\n'
+        f'[[stages]]\nlearner = "student"\nepochs = 1\n{terms}\n'
+    )
+    (folder / "b.toml").write_text(
+        'title = "T"\nrecipe = "r.toml"\nseeds = [3, 5]\n'
+        '[arms]\nkd = { terms = [{ method = "kd", temperature = 3 }] }\nshort = { epochs = 1 }\n'
+    )
+    return folder / "r.toml"
+
+
+def test_a_board_file_names_its_recipe_seeds_and_arms(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    plan, arms, seeds, title = read(tmp_path / "b.toml", ("stages.0.epochs=9",))
+    assert plan == recipe.read(path, ("stages.0.epochs=9",))
+    assert (seeds, title) == ([3, 5], "T")
+    assert arms == {"kd": {"terms": [{"method": "kd", "temperature": 3}]}, "short": {"epochs": 1}}
+
+
+def test_a_board_file_may_hold_its_recipe(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    text = path.read_text().replace("[[stages]]", "[[recipe.stages]]").replace("data =", "recipe.data =")
+    (tmp_path / "w.toml").write_text("arms = {}\n" + text.replace("models =", "recipe.models ="))
+    assert read(tmp_path / "w.toml")[0] == recipe.read(path)
+
+
+def test_methods_take_the_place_of_the_arms(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    assert read(path, methods=("kd", "rkd"))[1] == {"kd": {"terms": [{"method": "kd"}]}, "rkd": {"terms": [{"method": "rkd"}]}}
+    chosen = read(tmp_path / "b.toml", methods=("kd", "rkd"))[1]
+    assert chosen["kd"]["terms"][0]["temperature"] == 3  # the board knows this arm better
+    assert list(chosen) == ["kd", "rkd"]
+
+
+def test_the_number_of_seeds_may_be_given(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    assert read(path)[2] == [0, 1, 2]
+    assert read(tmp_path / "b.toml", seeds=4)[2] == [0, 1, 2, 3]
+
+
+def test_a_recipes_own_terms_are_an_arm(tmp_path: Path) -> None:
+    assert read(written(tmp_path))[1] == {}
+    path = written(tmp_path, terms='terms = [{ method = "kd" }]')
+    plan, arms, seeds, _ = read(path)
+    assert arms == {"as written": {}}
+    board = Board(plan, arms, seeds, tmp_path / "b")
+    assert [use.method for use in board.plans["as written"].stages[-1].terms] == ["kd"]
+    assert board.plans["control"].stages[-1].terms == []
+
+
+def test_a_board_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    text = (tmp_path / "b.toml").read_text()
+    (tmp_path / "b.toml").write_text(text.replace("seeds", "seds"))
+    with pytest.raises(Refused, match="b.toml: unknown key `seds`.*`seeds`"):
+        read(tmp_path / "b.toml")
+    (tmp_path / "b.toml").write_text(text.replace("r.toml", "gone.toml"))
+    with pytest.raises(Refused, match="no file .*gone.toml"):
+        read(tmp_path / "b.toml")
+
+
+# --- the test of the difference ---
+
+
+def test_the_difference_is_tested_in_pairs() -> None:
+    scores, control = [81.0, 84.0, 79.5, 90.0], [80.0, 82.5, 80.0, 86.0]
+    gaps = [1.0, 1.5, -0.5, 4.0]
+    mean = sum(gaps) / 4
+    sd = math.sqrt(sum((g - mean) ** 2 for g in gaps) / 3)
+    told = paired(scores, control)
+    assert told["mean"] == pytest.approx(mean) and told["sd"] == pytest.approx(sd)
+    assert (told["wins"], told["of"]) == (3, 4)
+    assert told["p"] == pytest.approx(2 * stats.t.sf(mean / (sd / 2), 3))
+
+
+@pytest.mark.parametrize(
+    ("scores", "control"),
+    [
+        ([90.0], [80.0]),
+        ([90.0, 80.0], [80.0, 60.0]),
+        ([90.0, 80.0, 70.0], [90.0, 80.0, 70.0]),
+        ([90.0, 80.0, 70.0], [89.0, 79.0, 69.0]),
+        # Four images more each time, of 360: the gaps differ by rounding only, and p would be 1e-30.
+        ([100 * n / 360 for n in (324, 320, 311)], [100 * n / 360 for n in (320, 316, 307)]),
+    ],
+    ids=["one-seed", "two-seeds", "no-gap", "equal-gaps", "equal-up-to-rounding"],
+)
+def test_where_the_test_has_no_answer_there_is_none(scores: list[float], control: list[float]) -> None:
+    told = paired(scores, control)
+    assert told["p"] is None
+    assert told["mean"] == pytest.approx(scores[0] - control[0] if len(scores) != 2 else 15.0)
+    assert (told["sd"] is None) == (len(scores) == 1)
+
+
+def test_the_verdict_says_no_more_than_the_test() -> None:
+    def said(gap: dict[str, Any] | None) -> str:
+        return verdict({"difference": gap})
+
+    assert said(None) == "the control"
+    assert said(paired([90.0, 91.0, 92.1], [80.0, 81.2, 82.0])) == "helped"
+    assert said(paired([80.0, 81.2, 82.0], [90.0, 91.0, 92.1])) == "hurt"
+    assert said(paired([80.0, 85.0, 70.0], [79.0, 86.0, 70.5])) == "no difference shown"
+    assert said(paired([90.0, 90.0], [80.0, 81.0])) == "too few seeds to say"
+    assert "few" not in said(paired([90.0, 80.0, 70.0], [90.0, 80.0, 70.0]))
