@@ -131,8 +131,8 @@ class Metric:
         split, _, name = result["metric"].rpartition(".")
         arms = result["arms"]
         spreads = [arm["sd"] for arm in arms] + [arm["difference"]["sd"] for arm in arms if arm["difference"]]
-        least = min((sd for sd in spreads if sd and math.isfinite(sd)), default=1.0)
-        # Enough digits for the smallest spread not to read 0.0.
+        # Enough digits for the smallest spread not to read 0.0; what rounding leaves of no spread is none.
+        least = min((sd for sd in spreads if sd and sd > 1e-9), default=1.0)
         needed = -int(f"{least:.0e}".partition("e")[2])
         return cls(split, name, min(max(1 if name == "accuracy" else 3, needed), 6))
 
@@ -224,19 +224,14 @@ def _control(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _strip(result: Mapping[str, Any]) -> dict[str, Any]:
     """Every seed's score as a place between 0 and 100 on one common line, and the control's mean on it."""
-    everyone = [*((t, True) for t in result["teachers"]), *((arm, False) for arm in result["arms"])]
-    control = _control(result)["mean"]
-    scores = [score for one, _ in everyone for score in one["scores"] if math.isfinite(score)]
-    low, high = min(scores, default=0.0), max(scores, default=0.0)
+    everyone = [*((one, True) for one in result["teachers"]), *((one, False) for one in result["arms"])]
+    scores = [score for one, _ in everyone for score in one["scores"]]
 
     def place(score: float) -> float:
-        return round(_between(score, low, high, 4, 96), 2)
+        return round(_between(score, min(scores), max(scores), 4, 96), 2)
 
-    rows = [
-        (one["name"], teacher, one["scores"], [place(s) for s in one["scores"] if math.isfinite(s)])
-        for one, teacher in everyone
-    ]
-    return {"rows": rows, "control": place(control) if math.isfinite(control) else None}
+    rows = [(one["name"], teacher, one["scores"], map(place, one["scores"])) for one, teacher in everyone]
+    return {"rows": rows, "control": place(_control(result)["mean"])}
 
 
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 320, 190, 38, 308, 10, 152  # a panel, and the box of its axes within

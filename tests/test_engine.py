@@ -36,7 +36,9 @@ DATA = Data(randn(35, 6), torch.arange(35) % 3, ("a", "b", "c"))
 def net(seed: int = 1, width: int = 8) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 3))
+        return nn.Sequential(
+            nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 3)
+        )
 
 
 def cosine(step: int) -> float:
@@ -118,7 +120,9 @@ def test_a_record_holds_the_mean_of_every_loss_over_its_epoch() -> None:
     teacher = Frozen(net(2))
     model = net().eval()
     model[3].p = 0.0
-    distiller = Distiller(model, teacher, Term(Hint(), weight=2.0, ramp=Ramp(2)), example=Loader(DATA, 8, seed=5).at(0))
+    distiller = Distiller(
+        model, teacher, Term(Hint(), weight=2.0, ramp=Ramp(2)), example=Loader(DATA, 8, seed=5).at(0)
+    )
     still = copy.deepcopy(distiller)
     pace = Pace(torch.optim.SGD(distiller.parameters(), 0.0), cosine)
     work = Engine(Offline(distiller), Loader(DATA, 8, seed=5, epochs=EPOCHS), {"student": pace}, epochs=2)
@@ -238,13 +242,18 @@ def pace(parameters: Any, lr: float, factor: Any = lambda step: 1.0) -> Pace:
 def test_each_player_steps_its_own_optimiser_at_its_own_pace() -> None:
     plan = Duel()
     start = copy.deepcopy(plan)
-    paces = {"scale": pace([plan.scale], 0.5, lambda step: 1 / (step + 1)), "net": pace(plan.net.parameters(), 0.1)}
+    paces = {
+        "scale": pace([plan.scale], 0.5, lambda step: 1 / (step + 1)),
+        "net": pace(plan.net.parameters(), 0.1),
+    }
     work = Engine(plan, Loader(DATA, 8, seed=0), paces, epochs=1)
     rates = [tuple(p.optimiser.param_groups[0]["lr"] for p in paces.values()) for _ in work.lessons()]
     assert rates == [(0.5 / (step + 1), 0.1) for step in range(4)]
     assert plan.told == ["scale", "net", "follow"] * 4
 
-    weight, bias, scale = (p.detach().clone().requires_grad_() for p in (*start.net.parameters(), start.scale))
+    weight, bias, scale = (
+        p.detach().clone().requires_grad_() for p in (*start.net.parameters(), start.scale)
+    )
     for step, batch in enumerate(Loader(DATA, 8, seed=0).epoch(0)):
         gap = (F.linear(batch.x, weight, bias) * scale).square().mean()
         (gradient,) = torch.autograd.grad(gap, [scale])
@@ -269,7 +278,9 @@ def test_a_turn_is_resumed_after_its_step_and_leaves_no_gradient_in_another_play
 @pytest.mark.parametrize("names", [("scale",), ("scale", "net", "judge")])
 def test_a_player_without_an_optimiser_or_the_other_way_round_is_refused(names: tuple[str, ...]) -> None:
     parameter = nn.Parameter(torch.ones(1))
-    with pytest.raises(Refused, match=rf"players are scale, net and optimisers were given for {', '.join(names)}"):
+    with pytest.raises(
+        Refused, match=rf"players are scale, net and optimisers were given for {', '.join(names)}"
+    ):
         duel(**{name: pace([parameter], 0.1) for name in names})
 
 
@@ -286,7 +297,9 @@ def test_a_pace_is_a_factor_on_the_rate_of_each_group() -> None:
 
 
 def test_a_loss_that_compares_rows_refuses_to_be_cut_by_name() -> None:
-    with pytest.raises(Refused, match="'hint' compares the rows of a batch.*3 micro-batches; set accumulate = 1"):
+    with pytest.raises(
+        Refused, match=r"'hint' compares the rows of a batch.*3 micro-batches; set accumulate = 1"
+    ):
         engine(net(), Term(Hint(), (Frozen(net(2)),)), accumulate=3)
 
 

@@ -183,6 +183,12 @@ def test_equal_differences_are_not_blamed_on_the_number_of_seeds() -> None:
     assert "a t-test has no answer to equal differences" in said and "fewer" not in said
 
 
+def test_rounding_is_no_spread_to_write_digits_for(tmp_path: Path) -> None:
+    result = board({"kd": HELPS})
+    result["arms"][1]["difference"] |= {"mean": 10 / 3, "sd": 8e-15, "p": None}
+    assert page(tmp_path, result).tables[0][-1][2] == "+3.3 ± 0.0"
+
+
 def test_the_headline_gathers_arms_by_what_they_showed(tmp_path: Path) -> None:
     few = page(tmp_path, board({"kd": HELPS, "fitnet": UNSURE, "at": HURTS, "rkd": HELPS}))
     told = "kd and rkd helped; at hurt; no difference shown for fitnet."
@@ -233,11 +239,13 @@ def test_every_arm_has_its_row_in_both_tables(tmp_path: Path, count: int) -> Non
     assert seeds[-1][2:] == ["87.0", "91.0", "95.0"]
 
 
-def test_a_score_that_is_not_a_number_has_no_dot(tmp_path: Path) -> None:
-    result = board({"kd": (float("nan"), 1.0, 2.0), "rkd": HELPS})
-    text = report.write(tmp_path, result).read_text(encoding="utf-8")
-    assert "<td>nan</td>" in text and "left:nan" not in text
-    assert len(re.findall("<i style", text)) == 3 + 3 + 2 + 3
+def test_the_dots_of_the_seeds_lie_in_the_order_of_their_scores(tmp_path: Path) -> None:
+    text = report.write(tmp_path, board({"kd": (-7.0, 0.0, 30.0)})).read_text(encoding="utf-8")
+    dots = [float(left) for left in re.findall(r'<i style="left:([\d.]+)%"', text)]
+    scores = [97.0, 98.0, 97.5, *CONTROL, 73.0, 81.0, 112.0]  # teacher, control, kd
+    assert [scores.index(s) for s in sorted(scores)] == [dots.index(d) for d in sorted(dots)]
+    assert min(dots) >= 0 and max(dots) <= 100
+    assert re.findall(r'<u style="left:([\d.]+)%"', text) == [str(dots[scores.index(81.0)])] * 3
 
 
 def test_one_seed_and_one_stage_make_a_page_without_spreads_and_teachers(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def test_split_cuts_consecutive_pieces_at_most_one_row_apart(parts: int) -> None
 
 def test_replace_scales_the_number_of_labelled_rows_with_the_rows() -> None:
     counted = batch(8).replace(labelled=torch.tensor(6.0))
-    four_views = counted.replace(x=counted.x.repeat(4, 1), y=counted.y.repeat(4), index=counted.index.repeat(4))
+    four_views = counted.replace(
+        x=counted.x.repeat(4, 1), y=counted.y.repeat(4), index=counted.index.repeat(4)
+    )
     assert float(four_views.labelled) == 24.0
     half = counted.replace(x=counted.x[:4], y=counted.y[:4], index=counted.index[:4])
     assert float(half.labelled) == 3.0

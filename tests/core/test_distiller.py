@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ PAIR = (BATCH.x, BATCH.y)
 
 
 class Net(nn.Module):
-    TAPS = {"hidden": "body"}
+    TAPS: ClassVar = {"hidden": "body"}
 
     def __init__(self, width: int, classes: int, seed: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def test_construction_moves_no_weight_no_buffer_and_no_random_state() -> None:
     assert same(snapshot(s), before[0]) and same(snapshot(t), before[1])
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in distiller.parameters())
-    assert distiller.methods["feature"].asked == 0  # what a method remembers is untouched by the trial of its loss
+    assert distiller.methods["feature"].asked == 0  # nor what a method remembers
 
 
 def test_a_tap_before_a_batchnorm_and_the_answer_may_be_taught_together() -> None:
@@ -172,7 +172,8 @@ def test_teachers_are_no_children_and_never_learn() -> None:
 
 def test_a_methods_modules_depend_on_the_seed_and_on_nothing_else() -> None:
     def weight(methods: Any, seed: int = 0) -> Tensor:
-        return Distiller(student(), teacher(), methods, example=PAIR, seed=seed).methods["feature"].project.weight
+        distiller = Distiller(student(), teacher(), methods, example=PAIR, seed=seed)
+        return distiller.methods["feature"].project.weight
 
     first = weight([Feature()])
     torch.rand(7)
@@ -216,7 +217,9 @@ def test_a_weight_of_0_is_not_built_and_not_asked() -> None:
 
 
 def test_a_ramp_multiplies_and_never_skips() -> None:
-    distiller = Distiller(still(student()), teacher(), Term(Feature(), weight=2, ramp=Ramp(4, after=1)), example=PAIR)
+    distiller = Distiller(
+        still(student()), teacher(), Term(Feature(), weight=2, ramp=Ramp(4, after=1)), example=PAIR
+    )
     full = distiller(BATCH.replace(lesson=Lesson(epoch=9)))["feature"]
     losses = [distiller(BATCH.replace(lesson=Lesson(epoch=epoch)))["feature"] for epoch in range(6)]
     for loss, factor in zip(losses, [0, 0.25, 0.5, 0.75, 1, 1], strict=True):
@@ -346,7 +349,9 @@ def test_what_the_user_froze_stays_in_eval() -> None:
 # --- what is refused ---
 
 
-def refuse(words: str, *methods: Method | Term, s: nn.Module | None = None, t: Any = None, **options: Any) -> None:
+def refuse(
+    words: str, *methods: Method | Term, s: nn.Module | None = None, t: Any = None, **options: Any
+) -> None:
     options = {"example": BATCH, **options}
     with pytest.raises(Refused, match=words) as refusal:
         Distiller(s or student(), t or teacher(), list(methods), **options)
@@ -365,11 +370,14 @@ def test_a_method_without_a_teacher_is_refused() -> None:
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_no_weight_is_refused(weight: float) -> None:
-    refuse(f"weight of 'response' is {weight}, expected a finite number >= 0", Term(Response(), weight=weight))
+    refuse(
+        f"weight of 'response' is {weight}, expected a finite number >= 0", Term(Response(), weight=weight)
+    )
 
 
 def test_different_classes_are_refused_with_what_still_works() -> None:
-    refuse("'response' compares class scores.*4 classes.*7.*feature and relation methods.*`columns`", Response(), t=teacher(7))
+    words = "'response' compares class scores.*4 classes.*7.*feature and relation methods.*`columns`"
+    refuse(words, Response(), t=teacher(7))
     Distiller(student(), teacher(7), Feature(), example=PAIR)
     Distiller(student(), Frozen(teacher(7), columns=[0, 2, 4, 6]), Response(), example=PAIR)
 
@@ -379,7 +387,9 @@ def test_different_rows_are_refused() -> None:
         return batch.replace(x=batch.x.repeat(2, 1), y=batch.y.repeat(2), index=batch.index.repeat(2))
 
     refuse("'response' would compare 12 rows of the student with 6", Response(), view=twice)
-    refuse("'feature' would compare 6 rows of the student with 12", Feature(), t=Frozen(teacher(), view=twice))
+    refuse(
+        "'feature' would compare 6 rows of the student with 12", Feature(), t=Frozen(teacher(), view=twice)
+    )
 
 
 def test_a_loss_that_does_not_depend_on_the_student_is_refused() -> None:
@@ -396,7 +406,9 @@ def test_a_loss_that_depends_only_on_the_methods_own_modules_is_refused() -> Non
 
 
 def test_a_loss_that_is_not_one_finite_number_is_refused() -> None:
-    refuse("'says' on the example is nan, expected one finite number", Says(lambda s, t: s.out.mean() * float("nan")))
+    refuse(
+        "'says' on the example is nan, expected one finite", Says(lambda s, t: s.out.mean() * float("nan"))
+    )
     refuse("expected one finite number", Says(lambda s, t: s.out.mean(1)))
 
 

@@ -37,13 +37,17 @@ def test_a_cosine_ramp_is_half_way_at_half_time() -> None:
 
 
 def test_a_sigmoid_ramp_is_that_of_the_mean_teachers() -> None:
-    assert course(Ramp(4, shape="sigmoid"), 4) == pytest.approx([math.exp(-5 * (1 - p) ** 2) for p in (0.25, 0.5, 0.75, 1)])
+    expected = [math.exp(-5 * (1 - part) ** 2) for part in (0.25, 0.5, 0.75, 1)]
+    assert course(Ramp(4, shape="sigmoid"), 4) == pytest.approx(expected)
     assert course(Ramp(2, after=3, shape="sigmoid"), 5)[:3] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("epochs", "after", "shape"), [(0, 0, "linear"), (3, -1, "linear"), (3, 0, "stairs")])
+@pytest.mark.parametrize(
+    ("epochs", "after", "shape"), [(0, 0, "linear"), (3, -1, "linear"), (3, 0, "stairs")]
+)
 def test_a_ramp_that_cannot_be_is_refused(epochs: int, after: int, shape: str) -> None:
-    with pytest.raises(Refused, match=f"{epochs} epochs after {after} with shape '{shape}'.*linear, cosine, sigmoid"):
+    words = f"{epochs} epochs after {after} with shape '{shape}'.*linear, cosine, sigmoid"
+    with pytest.raises(Refused, match=words):
         Ramp(epochs, after, shape)
 
 

@@ -38,10 +38,15 @@ def both_verbs(teacher: Teacher) -> list[Seen]:
     return [teacher(BATCH), teacher.through(BATCH.x), teacher.check(BATCH)]
 
 
+each_kind = pytest.mark.parametrize(
+    "make", [Frozen, MeanOf, lambda m: Ensemble([Frozen(m)])], ids=["frozen", "mean", "ensemble"]
+)
+
+
 # --- the two verbs ---
 
 
-@pytest.mark.parametrize("make", [Frozen, MeanOf, lambda m: Ensemble([Frozen(m)])], ids=["frozen", "mean", "ensemble"])
+@each_kind
 def test_an_answer_has_no_gradient(make: Callable[[nn.Module], Teacher]) -> None:
     x = BATCH.x.clone().requires_grad_()
     assert not make(net())(BATCH.replace(x=x)).out.requires_grad
@@ -54,8 +59,10 @@ def test_an_answer_can_be_saved_for_a_backward() -> None:
     assert torch.equal(weight.grad, answer.sum(0))
 
 
-@pytest.mark.parametrize("make", [Frozen, MeanOf, lambda m: Ensemble([Frozen(m)])], ids=["frozen", "mean", "ensemble"])
-def test_through_lets_gradient_pass_to_x_and_never_to_a_parameter(make: Callable[[nn.Module], Teacher]) -> None:
+@each_kind
+def test_through_lets_gradient_pass_to_x_and_never_to_a_parameter(
+    make: Callable[[nn.Module], Teacher],
+) -> None:
     model, x = net(), BATCH.x.clone().requires_grad_()
     teacher = make(model)
     teacher.through(x).out.square().sum().backward()
@@ -132,7 +139,7 @@ def test_normalise_takes_numbers_and_reaches_maps_by_channel() -> None:
 
 
 def test_normalise_refuses_a_mapping_of_inputs() -> None:
-    with pytest.raises(Refused, match="single input tensor.*view"):
+    with pytest.raises(Refused, match=r"single input tensor.*view"):
         Frozen(nn.Identity(), normalise=(0.0, 1.0)).through({"input": BATCH.x})
 
 
@@ -177,7 +184,9 @@ def test_a_mean_follows_by_its_formula_and_copies_counters() -> None:
         mean.follow()
         decay = min(1 - 1 / (step + 1), 0.6)
         for name, now in learner.state_dict().items():
-            expected[name] = decay * expected[name] + (1 - decay) * now if now.is_floating_point() else now.clone()
+            expected[name] = (
+                decay * expected[name] + (1 - decay) * now if now.is_floating_point() else now.clone()
+            )
     found = mean.model.state_dict()
     assert found["1.num_batches_tracked"] == 4
     for name in expected:
@@ -249,12 +258,14 @@ def test_an_ensemble_mixes_dense_answers_by_position() -> None:
 def test_an_ensemble_refuses_taps_and_offers_no_model() -> None:
     ensemble = Ensemble([Frozen(net())])
     ensemble.look([])
-    with pytest.raises(Refused, match="no tap 'pooled'.*`teachers`"):
+    with pytest.raises(Refused, match=r"no tap 'pooled'.*`teachers`"):
         ensemble.look(["pooled"])
     assert ensemble.offers == {"teacher_gradient"}
 
 
-@pytest.mark.parametrize("weights", [[1], [1, 2, 3], [-1, 2], [0, 0], [float("nan"), 1], [float("inf"), 1]], ids=str)
+@pytest.mark.parametrize(
+    "weights", [[1], [1, 2, 3], [-1, 2], [0, 0], [float("nan"), 1], [float("inf"), 1]], ids=str
+)
 def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
     with pytest.raises(Refused, match="2 teachers has weights"):
         Ensemble([Frozen(net()), Frozen(net())], weights)

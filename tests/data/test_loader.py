@@ -1,5 +1,8 @@
 """Which rows come when is a function of (seed, epoch); what cannot be learned from is refused at the door."""
 
+from collections.abc import Iterable
+from itertools import chain, pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +23,10 @@ def order(loader: Loader, epoch: int, start: int = 0) -> list[list[int]]:
     return [batch.index.tolist() for batch in loader.epoch(epoch, start)]
 
 
+def flat(batches: Iterable[list[int]]) -> list[int]:
+    return list(chain.from_iterable(batches))
+
+
 # --- order ---
 
 
@@ -35,19 +42,19 @@ def test_the_order_is_fixed_by_seed_and_epoch_and_by_nothing_else() -> None:
 
 def test_the_batch_size_cuts_the_same_permutation() -> None:
     fours, twos = Loader(data(), 4, seed=0), Loader(data(), 2, seed=0)
-    assert sum(order(fours, 0), []) == sum(order(twos, 0), [])[:20]
+    assert flat(order(fours, 0)) == flat(order(twos, 0))[:20]
 
 
 def test_an_epoch_is_full_batches_with_every_row_at_most_once() -> None:
     loader = Loader(data(23), 5, seed=0)
     rows = order(loader, 0)
     assert loader.steps == 4 and [len(b) for b in rows] == [5] * 4
-    assert len(set(sum(rows, []))) == 20
+    assert len(set(flat(rows))) == 20
 
 
 def test_what_is_left_over_comes_in_another_epoch() -> None:
     loader = Loader(data(23), 5, seed=0)
-    assert set(sum((sum(order(loader, epoch), []) for epoch in range(6)), [])) == set(range(23))
+    assert {row for epoch in range(6) for row in flat(order(loader, epoch))} == set(range(23))
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4])
@@ -58,7 +65,7 @@ def test_an_epoch_goes_on_from_any_step(start: int) -> None:
 
 def test_a_step_counted_over_all_epochs_finds_its_batch() -> None:
     loader = Loader(data(), 5, seed=3)
-    assert [loader.at(n).index.tolist() for n in range(12)] == sum((order(loader, e) for e in range(3)), [])
+    assert [loader.at(n).index.tolist() for n in range(12)] == [b for e in range(3) for b in order(loader, e)]
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
@@ -86,7 +93,9 @@ def test_x_y_and_index_are_of_the_same_rows() -> None:
 def test_the_lesson_tells_the_time_and_the_facts() -> None:
     loader = Loader(data(), 5, seed=8, epochs=6)
     lessons = [batch.lesson for batch in loader.epoch(2)]
-    assert [(n.seed, n.epoch, n.epochs, n.step) for n in lessons] == [(8, 2, 6, step) for step in (8, 9, 10, 11)]
+    assert [(n.seed, n.epoch, n.epochs, n.step) for n in lessons] == [
+        (8, 2, 6, step) for step in (8, 9, 10, 11)
+    ]
     assert (lessons[0].samples, lessons[0].classes) == (23, 3)
     assert torch.equal(lessons[0].labels, data().y)
 
@@ -110,11 +119,11 @@ def test_ranks_part_the_batch_that_one_process_would_see(ranks: int) -> None:
     for step, batch in enumerate(alone):
         dealt = [share[step] for share in shares]
         assert [len(rows) for rows in dealt] == [12 // ranks] * ranks
-        assert sum(dealt, []) == batch
+        assert flat(dealt) == batch
 
 
 def test_pairs_of_the_permutation_stay_on_one_rank() -> None:
-    permutation = sum(order(Loader(data(40), 40, seed=4), 0), [])
+    permutation = flat(order(Loader(data(40), 40, seed=4), 0))
     partner = {permutation[n]: permutation[n ^ 1] for n in range(40)}
     for rank in range(2):
         for rows in order(Loader(data(40), 12, seed=4, rank=rank, ranks=2), 0):
@@ -159,7 +168,7 @@ def test_when_a_class_runs_out_the_others_fill_the_budget() -> None:
 
 def test_a_smaller_budget_is_part_of_a_larger_one() -> None:
     budgets = [kept(data(300).with_labels(n, seed=5)) for n in (10, 100, 200, 300)]
-    assert all(small < large for small, large in zip(budgets, budgets[1:], strict=False))
+    assert all(small < large for small, large in pairwise(budgets))
 
 
 def test_the_budget_is_drawn_by_the_seed() -> None:
@@ -197,7 +206,9 @@ def test_a_number_that_is_none_is_refused_with_its_sample(poison: float) -> None
 
 @pytest.mark.parametrize("label", [3, -1, -99])
 def test_a_label_outside_the_classes_is_refused_with_its_sample(label: int) -> None:
-    with pytest.raises(Refused, match=rf"Label {label} of sample 2 is outside the 3 classes .*\(0 to 2\).*-100"):
+    with pytest.raises(
+        Refused, match=rf"Label {label} of sample 2 is outside the 3 classes .*\(0 to 2\).*-100"
+    ):
         Data(x(), torch.tensor([0, IGNORE, label, 7]), CLASSES)
 
 

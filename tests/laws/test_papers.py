@@ -17,11 +17,16 @@ from limbeck import registry
 from limbeck.core.batch import Lesson
 from limbeck.core.keyed import keyed
 
-ROOT = Path(__file__).parents[2]
-LIMBECK = ROOT / "limbeck"
+LIMBECK = Path(__file__).parents[2] / "limbeck"
 
 METHODS = registry.names("method")
 PAPERS = METHODS | registry.names("lens")
+MATHEMATICS = [
+    file
+    for folder in ("knowledge", "pieces")
+    for file in sorted((LIMBECK / folder).rglob("*.py"))
+    if file.stem != "__init__"
+]
 ABSTRACT = {"Method", "Teacher", "Scheme", "Task"}
 SHAPES = {"Float", "Int", "Bool", "Complex", "Num", "Real", "Inexact", "Shaped"}
 PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}|10\.\d{4,9}/[^\s;)]+")
@@ -96,11 +101,11 @@ def test_a_methods_card_names_the_paper_of_its_file(name: str) -> None:
     assert str(card.year) in PAPER.sub("", citation)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_shapes_stand_in_a_methods_functions(name: str) -> None:
-    source = ROOT.joinpath(*METHODS[name].split(".")).with_suffix(".py").read_text(encoding="utf-8")
-    assert public_functions(ast.parse(source)), "the equation is a function"
-    assert not shapeless(ast.parse(source))
+@pytest.mark.parametrize("file", MATHEMATICS, ids=lambda file: file.stem)
+def test_shapes_stand_in_the_functions(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert public_functions(tree), "the equation is a function"
+    assert not shapeless(tree)
 
 
 def test_a_shapeless_tensor_is_seen() -> None:

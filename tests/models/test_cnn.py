@@ -59,6 +59,7 @@ def test_a_tail_is_fresh_and_its_own() -> None:
     fresh = tail.state_dict()
     convolutions = [v for v in fresh.values() if v.ndim == 4]
     assert len(convolutions) == 4 and all(v.std() > 0 for v in convolutions)
-    assert all(torch.equal(v, torch.ones_like(v)) for name, v in fresh.items() if v.ndim == 1 and name.endswith("weight"))
+    norms = [v for name, v in fresh.items() if v.ndim == 1 and name.endswith("weight")]
+    assert len(norms) == 4 and all(torch.equal(v, torch.ones_like(v)) for v in norms)
     assert all(v.sum() == 0 for name, v in fresh.items() if name.endswith(("bias", "running_mean")))
     assert all(p.requires_grad for p in tail.parameters())

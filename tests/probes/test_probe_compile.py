@@ -109,7 +109,7 @@ def report(backend: str, folder: Path, seconds: float) -> dict:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-W", "error", __file__, backend],
+        [sys.executable, __file__, backend],
         env=environment,
         capture_output=True,
         text=True,

@@ -65,7 +65,11 @@ def test_a_label_outside_the_head_is_refused_also_when_it_is_not_in_the_batch() 
 
 @pytest.mark.parametrize(
     ("out", "found"),
-    [(torch.zeros(6, 4, 2), r"shape \(6, 4, 2\)"), (SimpleNamespace(), "a SimpleNamespace"), ({"a": LOGITS}, "a dict")],
+    [
+        (torch.zeros(6, 4, 2), r"shape \(6, 4, 2\)"),
+        (SimpleNamespace(), "a SimpleNamespace"),
+        ({"a": LOGITS}, "a dict"),
+    ],
     ids=["map", "object", "dict"],
 )
 def test_an_answer_that_is_no_logits_is_refused(out: object, found: str) -> None:
