@@ -59,9 +59,13 @@ class Board:
     ) -> None:
         self.folder, self.seeds, self.device = folder, seeds, device
         self.title = title or folder.name
-        self.plans = {
-            name: _arm(whole, name, changes) for name, changes in {CONTROL: {"terms": []}, **arms}.items()
-        }
+        if CONTROL in arms:
+            raise Refused(
+                f"An arm is called '{CONTROL}', which is the recipe without a teacher and always there; call it "
+                "something else."
+            )
+        self.changes = {CONTROL: {"terms": []}, **arms}
+        self.plans = {name: _arm(whole, name, changes) for name, changes in self.changes.items()}
         if len(set(seeds)) < len(seeds):
             raise Refused(f"The seeds {seeds} repeat; give each once.")
         self.whole = whole
@@ -134,13 +138,10 @@ class Board:
             rows.append(
                 {
                     "name": name,
-                    "terms": [
-                        use.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-                        for use in plan.stages[-1].terms
-                    ],
+                    "changes": dict(self.changes[name]),
                     "scores": scores,
                     "mean": statistics.fmean(scores),
-                    "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+                    "sd": _sd(scores),
                     "difference": None if name == CONTROL else paired(scores, control),
                     "seconds": statistics.fmean(r["seconds"] for r in results),
                     "parameters": results[0]["parameters"],
@@ -162,20 +163,17 @@ class Board:
         return board
 
     def _teachers(self, metric: str) -> list[dict[str, Any]]:
-        """The last learner of the shared stages: what the arms learned from."""
-        if len(self.whole.stages) == 1:
-            return []
-        results = [self._finished(self._cell_folder(None, seed)) for seed in self.seeds]
-        scores = [r["scores"][metric] for r in results]
-        return [
-            {
-                "name": self.whole.stages[-2].learns,
-                "scores": scores,
-                "mean": statistics.fmean(scores),
-                "sd": statistics.stdev(scores) if len(scores) > 1 else None,
-                "parameters": results[0]["parameters"],
-            }
-        ]
+        """What the arms learned from, where the stages before theirs trained it."""
+        taught = {t for plan in self.plans.values() for use in plan.stages[-1].terms for t in use.teachers}
+        results = [self._finished(self._cell_folder(CONTROL, seed)) for seed in self.seeds]
+        rows = []
+        for stage, plan in enumerate(self.whole.stages[:-1]):
+            if plan.learns in taught:
+                finals = [result["stages"][stage] for result in results]
+                scores = [final["scores"][metric] for final in finals]
+                row = {"name": plan.learns, "scores": scores, "parameters": finals[0]["parameters"]}
+                rows.append({**row, "mean": statistics.fmean(scores), "sd": _sd(scores)})
+        return rows
 
 
 def read(
@@ -207,7 +205,7 @@ def paired(scores: list[float], control: list[float]) -> dict[str, Any]:
     p is None with fewer than 3 seeds or when all differences are equal (the test then has no answer).
     """
     gaps = [a - b for a, b in zip(scores, control, strict=True)]
-    sd = statistics.stdev(gaps) if len(gaps) > 1 else None
+    sd = _sd(gaps)
     p = float(stats.ttest_rel(scores, control).pvalue) if len(gaps) >= 3 and sd else None
     return {
         "mean": statistics.fmean(gaps),
@@ -218,13 +216,21 @@ def paired(scores: list[float], control: list[float]) -> dict[str, Any]:
     }
 
 
+def _sd(values: list[float]) -> float | None:
+    """Standard deviation; 0 for values that are equal but for rounding, None for fewer than two."""
+    if len(values) < 2:
+        return None
+    sd = statistics.stdev(values)
+    return sd if sd > 1e-9 else 0.0
+
+
 def verdict(arm: Mapping[str, Any]) -> str:
     """What the difference to the control says, in words a reader may quote."""
     gap = arm["difference"]
     if gap is None:
         return "the control"
     if gap["p"] is None:
-        return "too few seeds to say"
+        return "too few seeds to say" if gap["of"] < 3 else "cannot be tested"
     if gap["p"] >= 0.05:
         return "no difference shown"
     return "helped" if gap["mean"] > 0 else "hurt"

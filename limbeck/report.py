@@ -44,7 +44,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
         strip=_strip(result),
         curves=_curves(result, metric),
         control=_control(result),
-        changes=[(arm["name"], _toml_lines(_changes(arm))) for arm in result["arms"]],
+        changes=[(arm["name"], _toml_lines(arm["changes"])) for arm in result["arms"]],
         toml=board_toml(result),
         version=limbeck.__version__,
     )
@@ -296,7 +296,7 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
 def board_toml(result: Mapping[str, Any]) -> str:
     """The board as a file that `limbeck board` reads: recipe, seeds and arms, every default written out."""
     plan = result["recipe"]
-    arms = {arm["name"]: _changes(arm) for arm in result["arms"] if arm["name"] != result["control"]}
+    arms = {arm["name"]: arm["changes"] for arm in result["arms"] if arm["name"] != result["control"]}
     parts = [
         _toml_lines({"title": result["title"], "seeds": result["seeds"]}),
         "[recipe]\n" + _toml_lines({k: v for k, v in plan.items() if k not in ("models", "stages")}),
@@ -305,11 +305,6 @@ def board_toml(result: Mapping[str, Any]) -> str:
         "[arms]\n" + _toml_lines(arms),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _changes(arm: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the arm's last stage does differently from the recipe's."""
-    return arm.get("changes", {"terms": arm["terms"]})
 
 
 def _toml_lines(content: Mapping[str, Any]) -> str:

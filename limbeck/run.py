@@ -25,6 +25,10 @@ from limbeck.data.loader import Loader
 from limbeck.engine import Engine, Record, evaluate
 
 
+_RUN = ("fingerprint", "recipe", "seed")
+_RESTORE = "restore it from a copy, or remove its folder to start again"
+
+
 @dataclass(frozen=True)
 class Moment:
     """Between two batches: where the run is, and the record of an epoch that just ended."""
@@ -72,13 +76,14 @@ class Run:
         self.seed = plan.seed if seed is None else seed
         self.fingerprint = _fingerprint(plan, self.seed)
         self._stop = False
-        self._started = _read(folder / "run.json")
+        self._started = _read(folder / "run.json", *_RUN)
         if self._started is not None and self._started["fingerprint"] != self.fingerprint:
             raise Refused(_other_run(folder, self._started, plan, self.seed))
         if self._started is None:
             build.rehearse(plan, self.seed, device)
         self.lab = build.lab(plan, self.seed, device)
         self.records: list[dict[str, Any]] = []
+        self.finals: list[dict[str, Any]] = []  # of the stages that are finished
         self.stage = 0
         self._halfway: dict[str, Any] | None = None
         if (folder / "checkpoint.json").exists():
@@ -124,10 +129,12 @@ class Run:
                         f"Stopped in stage {self.stage} after step {engine.step}; go on with: limbeck "
                         f"resume {self.folder}"
                     )
+            self._end_stage(engine)
             self.stage += 1
-            if self.stage == len(self.plan.stages):
-                self._finish(engine)
             self._save(None)
+        # Last: whoever finds a result also finds the weights and the checkpoint it speaks of.
+        shipped = f"{self.finals[-1]['learner']}.safetensors"
+        self._write("result.json", {"shipped": shipped, **self.finals[-1], "stages": self.finals})
 
     # --- state ---
 
@@ -138,34 +145,34 @@ class Run:
             "models": {name: self.lab.models[name].state_dict() for name in sorted(trained)},
             "engine": None if engine is None else engine.state_dict(),
             "records": self.records,
+            "finals": self.finals,
         }
         checkpoint.save(self.folder, state, fingerprint=self.fingerprint)
 
     def _take(self, state: dict[str, Any]) -> None:
-        self.stage, self.records, self._halfway = state["stage"], list(state["records"]), state["engine"]
+        self.stage, self._halfway = state["stage"], state["engine"]
+        self.records, self.finals = list(state["records"]), list(state["finals"])
         for stage in self.plan.stages[: self.stage]:
             # In order: what was made from another is made again from its trained weights, then gets its own.
             self.lab.learner(stage).load_state_dict(state["models"][stage.learns])
 
-    def _finish(self, engine: Engine) -> None:
-        shipped = engine.scheme.shipped()
-        learner = self.plan.stages[-1].learns
-        scores = {
-            f"{split}.{name}": value
-            for split in ("valid", "test")
-            for name, value in self._scores(engine, split).items()
+    def _end_stage(self, engine: Engine) -> None:
+        """Score what the stage ships, the test split too, this once; the last stage's is also written."""
+        shipped, learner = engine.scheme.shipped(), self.plan.stages[self.stage].learns
+        final = {
+            "learner": learner,
+            "scores": {
+                f"{split}.{name}": value
+                for split in ("valid", "test")
+                for name, value in self._scores(engine, split).items()
+            },
+            "parameters": sum(p.numel() for p in shipped.parameters()),
+            "seconds": sum(r["seconds"] for r in self.records if r["stage"] == self.stage),
         }
-        parameters = sum(p.numel() for p in shipped.parameters())
-        about = {"model": learner, "parameters": parameters, "scores": scores, **self._about()}
-        checkpoint.save_weights(self.folder / f"{learner}.safetensors", shipped.state_dict(), about)
-        last = [r for r in self.records if r["stage"] == len(self.plan.stages) - 1]
-        result = {
-            "shipped": f"{learner}.safetensors",
-            "scores": scores,
-            "parameters": parameters,
-            "seconds": sum(r["seconds"] for r in last),
-        }
-        self._write("result.json", result)
+        self.finals.append(final)
+        if self.stage + 1 == len(self.plan.stages):
+            file = self.folder / f"{learner}.safetensors"
+            checkpoint.save_weights(file, shipped.state_dict(), {**final, **self._about()})
 
     def _scores(self, engine: Engine, split: str) -> dict[str, float]:
         loader = Loader(getattr(self.lab.splits, split), 256, seed=self.seed)
@@ -197,7 +204,6 @@ class Run:
 
     def _about(self) -> dict[str, Any]:
         return {
-            "limbeck": limbeck.__version__,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
             "recipe": self.plan.model_dump(mode="json", by_alias=True),
@@ -215,7 +221,7 @@ class Run:
 
 def resume(folder: Path, *, device: str = "cpu", every: float = 60.0) -> Run:
     """The run that a folder holds, where it stopped. Raises `Refused` when there is none."""
-    started = _read(folder / "run.json")
+    started = _read(folder / "run.json", *_RUN)
     if started is None:
         raise Refused(
             f"{folder} holds no run (it has no run.json); give the folder of a run that was started, for "
@@ -228,6 +234,7 @@ def resume(folder: Path, *, device: str = "cpu", every: float = 60.0) -> Run:
 def environment(device: str) -> dict[str, Any]:
     """What a number depends on besides the recipe."""
     return {
+        "limbeck": limbeck.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
@@ -242,21 +249,23 @@ def _fingerprint(plan: recipe.Recipe, seed: int) -> str:
 
 
 def _first_stages(plan: recipe.Recipe, after: Path) -> list[recipe.Stage]:
-    started = _read(after / "run.json")
+    started = _read(after / "run.json", *_RUN)
     if started is None:
         raise Refused(f"{after} holds no run to go on from (it has no run.json).")
     return plan.stages[: len(started["recipe"]["stages"])]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, *keys: str) -> dict[str, Any] | None:
+    """A JSON file of ours, None when it is not there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise Refused(
-            f"{path} cannot be read ({error}); restore it from a copy, or remove its folder to start again."
-        ) from None
+        raise Refused(f"{path} cannot be read ({error}); {_RESTORE}.") from None
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        raise Refused(f"{path} is not a run's: it lacks {' or '.join(keys) or 'entries'}; {_RESTORE}.")
+    return content
 
 
 def _other_run(folder: Path, started: dict[str, Any], plan: recipe.Recipe, seed: int) -> str:

@@ -44,7 +44,7 @@ def curve(*scores: float, name: str = "accuracy") -> list[dict[str, Any]]:
 def arm(name: str, scores: list[float], control: list[float] | None) -> dict[str, Any]:
     return {
         "name": name,
-        "terms": [] if control is None else [{"method": "rkd", "weight": 0.5}],
+        "changes": {"terms": [] if control is None else [{"method": "rkd", "weight": 0.5}]},
         "scores": scores,
         "mean": statistics.fmean(scores),
         "sd": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -323,7 +323,7 @@ def test_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
     result["title"] = result["data"] = result["environment"]["machine"] = HOSTILE
     result["teachers"][0]["name"] = HOSTILE
     result["recipe"]["models"][HOSTILE] = result["recipe"]["models"]["teacher"]
-    result["arms"][1]["terms"] = [{"method": HOSTILE}]
+    result["arms"][1]["changes"] = {"terms": [{"method": HOSTILE}]}
     result["arms"][1]["changes"] = {HOSTILE: HOSTILE}
     shown = page(tmp_path, result)
     assert (shown.elements, shown.attributes) == (plain.elements, plain.attributes)

@@ -122,14 +122,12 @@ def report(backend: str, folder: Path, seconds: float) -> dict:
 
 def judge(found: dict) -> None:
     assert found["breaks"] == 0
-    assert 1 <= found["graphs"] <= 3, found[
-        "graphs"
-    ]  # one for the first lesson, one for all others, one to spare
+    # One for the first lesson, one for all others, one to spare.
+    assert 1 <= found["graphs"] <= 3, found["graphs"]
     assert found["gap"] < 1e-6
     soft = [row[1] for row in found["losses"]]
-    assert (
-        soft[:2] == [0.0, 0.0] and min(soft[2:]) > 0
-    )  # the ramp stood at 0 in the first epoch, and grew without a new graph
+    # The ramp stood at 0 in the first epoch, and grew without a new graph.
+    assert soft[:2] == [0.0, 0.0] and min(soft[2:]) > 0
     assert len({tuple(row) for row in found["losses"]}) == STEPS
 
 

@@ -184,9 +184,8 @@ def test_two_processes_are_one(ranks: dict[str, list[dict[str, Tensor]]], case: 
     want = trained(case)
     assert (want["0 loss task"] == 0) == (case == "nobody")
     shares = {f"{step} loss {name}" for step in range(STEPS) for name in ("task", "right")}
-    assert len(want) == 3 * STEPS + (STEPS + 1) * (
-        4 + 2 + 2
-    )  # losses; gradients and weights of student and projectors
+    # Losses; gradients and weights of student and projectors.
+    assert len(want) == 3 * STEPS + (STEPS + 1) * (4 + 2 + 2)
     for got in ranks[case]:
         assert got.keys() == want.keys()
         for name in want.keys() - shares:

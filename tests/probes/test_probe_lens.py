@@ -125,9 +125,8 @@ def test_a_method_through_a_lens_is_the_method_on_what_the_lens_shows() -> None:
     s, t = student(BATCH.x), teacher(BATCH.x).detach()
     want = 9.0 * soft(standard(s), standard(t), 2.0)
     torch.testing.assert_close(losses["soft"], want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        losses["plain"], soft(s, t, 2.0), rtol=0, atol=1e-12
-    )  # a lens is its own term's alone
+    # A lens is its own term's alone.
+    torch.testing.assert_close(losses["plain"], soft(s, t, 2.0), rtol=0, atol=1e-12)
     torch.testing.assert_close(distiller(BATCH)["logits"], s, rtol=0, atol=0)
     got = torch.autograd.grad(losses["soft"], list(student.parameters()))
     for g, w in zip(got, torch.autograd.grad(want, list(student.parameters())), strict=True):
@@ -158,9 +157,8 @@ def test_lenses_apply_first_to_last() -> None:
     )
     s, t = standard(student(BATCH.x)), standard(teacher(BATCH.x))
     torch.testing.assert_close(losses["soft"], soft(s, t, 3.0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        losses["turned"], 9 * soft(s, t, 1.0), rtol=1e-5, atol=0
-    )  # the temperature was standardised away
+    # The temperature was standardised away.
+    torch.testing.assert_close(losses["turned"], 9 * soft(s, t, 1.0), rtol=1e-5, atol=0)
 
 
 def test_a_rival_looks_through_the_lens_too() -> None:

@@ -184,9 +184,8 @@ def test_each_turn_touches_its_player_alone() -> None:
             p.zero_()
     player, losses = next(plan)
     assert player == "student"
-    assert losses["adversary"].item() == pytest.approx(
-        torch.tensor(2.0).log().item(), abs=1e-12
-    )  # softplus(0): the new critic
+    # Softplus(0): the new critic.
+    assert losses["adversary"].item() == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-12)
 
 
 def test_a_loss_that_compares_rows_is_refused_by_name() -> None:

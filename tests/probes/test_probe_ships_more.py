@@ -161,9 +161,8 @@ def test_what_ships_is_what_is_scored_and_counted() -> None:
         features = scheme.distiller.methods["samefeatures"].project(student.eval().body(x))
         by_hand = (old.eval().head(features).argmax(1) == y).double().mean().item() * 100
     assert score == pytest.approx(by_hand, abs=1e-9)
-    assert (
-        score > 80 > evaluate(student, Classify(), test.once(8))["accuracy"]
-    )  # the student's own head never learned
+    # The student's own head never learned.
+    assert score > 80 > evaluate(student, Classify(), test.once(8))["accuracy"]
     body, project, head = ((6 * 4 + 4) + 2 * 4, 4 * 8 + 8, 2 * 8 + (8 * 3 + 3))
     assert sum(p.numel() for p in shipped.parameters()) == body + project + head
 
