@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -174,6 +175,11 @@ class Recipe(Strict):
             known = [*self.models, *made]
             if isinstance(stage.learner, Made):
                 _known(f"stages.{n}.learner.from", stage.learner.origin, known)
+                if stage.learner.name in known:
+                    raise Refused(
+                        f"stages.{n}.learner.name is '{stage.learner.name}', which is a model already; give "
+                        "what is made a new name."
+                    )
                 made.add(stage.learner.name)
                 known.append(stage.learner.name)
             else:
@@ -237,8 +243,8 @@ def checked(model: Any, content: Any, source: str, *checks: Any) -> Any:
 
 
 def apply(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """`a.0.b=value` changes on plain data; the value is TOML, or else a string. Raises `Refused` for a place
-    that is not there."""
+    """`a.0.b=value` changes on plain data; a name with a dot in it is quoted, as in TOML; the value is TOML,
+    or else a string. Raises `Refused` for a place that is not there."""
     content = json.loads(json.dumps(content))
     for change in changes:
         path, equals, text = change.partition("=")
@@ -246,9 +252,9 @@ def apply(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        *way, last = path.strip().split(".")
         place: Any = content
         try:
+            *way, last = [quoted or plain for quoted, plain in re.findall(r'"([^"]+)"|([^.\s"]+)', path)]
             for step in way:
                 place = place[int(step)] if isinstance(place, list) else place.setdefault(step, {})
             if isinstance(place, list):

@@ -139,7 +139,7 @@ def test_its_result_holds_every_score_and_what_they_come_to(board: Board, result
     control, kd = result["arms"][:2]
     assert control["difference"] is None
     assert kd["difference"] == paired(kd["scores"], control["scores"])
-    assert kd["terms"] == [{"method": "kd", "temperature": 2}]
+    assert kd["changes"] == {"terms": [{"method": "kd", "temperature": 2}]}
     (teacher,) = result["teachers"]
     assert teacher["name"] == "teacher" and len(teacher["scores"]) == 2
 

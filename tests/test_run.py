@@ -152,6 +152,17 @@ def test_a_run_is_repeatable_and_its_seed_matters(tmp_path: Path, whole: Run) ->
     assert ends_like(finish(Run(plan(seed=1), tmp_path / "named")), Run(plan(), other, seed=1))
 
 
+def test_initial_weights_are_fixed_by_seed_and_name(tmp_path: Path) -> None:
+    def initial(name: str, seed: int = 0, **more: Any) -> dict[str, Tensor]:
+        models = {"teacher": STUDENT, "student": STUDENT, "slow": {"mean_of": "student"}, **more}
+        return Run(plan(models=models), tmp_path / "run", seed=seed).lab.models[name].state_dict()
+
+    first = initial("student")
+    assert same(initial("student", another=TEACHER), first)  # whoever else there is
+    assert not same(initial("student", seed=1), first)
+    assert not same(initial("teacher"), first)
+
+
 # --- stop and go on ---
 
 

@@ -69,8 +69,8 @@ class Distiller(nn.Module):
         seed: fixes the initial weights of the methods' modules.
 
     `forward` returns the named losses, their sum `loss` and the student's `logits`; in eval mode the
-    student's output alone. Raises `Refused` at construction when the pair, the taps, the methods or the
-    example do not fit.
+    student's output alone. A method with a rival learns in turns, so `forward` refuses to train it. Raises
+    `Refused` at construction when the pair, the taps, the methods or the example do not fit.
     """
 
     def __init__(
@@ -119,8 +119,10 @@ class Distiller(nn.Module):
         if self.task is not None:
             with _said("The task", "be done with the example"):
                 self.task(*sight.students[0])
-        for use in self._uses:
-            self._build(use, sight)
+        with _unmoved(self.lenses):
+            for use in self._uses:
+                self._build(use, sight)
+        self._judged = next((use.name for use in self._uses if self._method(use).rivals()), None)
 
     # --- one batch ---
 
@@ -130,6 +132,11 @@ class Distiller(nn.Module):
         batch = x if isinstance(x, Batch) else Batch(x, y, index, lesson or Lesson())
         if not self.training:
             return self._tapped(batch.x).out
+        if self._judged is not None:
+            raise Refused(
+                f"Method '{self._judged}' brings a rival that learns against the student, so one sum of "
+                "losses cannot train both; use the offline scheme, or take turns as it does."
+            )
         sight = self.see(batch)
         losses = self.losses(sight)
         return {**losses, "loss": sum(losses.values()), "logits": sight.students[0][0].out}
@@ -240,15 +247,10 @@ class Distiller(nn.Module):
     def _dry_run(self, batch: Batch) -> Sight:
         """One eager look at the example, the student in train mode as it will be. Nothing of it stays."""
         to_work(self.student)
-        before = {name: b.clone() for name, b in self.student.named_buffers()}
-        try:
-            with forked(self.seed, "dry run"), _said("The student", "be run on the example"):
-                viewed = [batch if view is None else view(batch) for view in self._views]
-                students = [(_as_leaves(self._tapped.check(b.x)), b) for b in viewed]
-        finally:
-            with torch.no_grad():
-                for name, b in self.student.named_buffers():
-                    b.copy_(before[name])
+        said = _said("The student", "be run on the example")
+        with _unmoved(self.student), forked(self.seed, "dry run"), said:
+            viewed = [batch if view is None else view(batch) for view in self._views]
+            students = [(_as_leaves(self._tapped.check(b.x)), b) for b in viewed]
         with _said("The teacher", "be run on the example"):
             return Sight(students, [teacher.check(batch) for teacher in self._teachers])
 
@@ -282,24 +284,20 @@ class Distiller(nn.Module):
         with _said(f"Method '{use.name}'", pair), forked(self.seed, "build", use.key):
             method.build(s, t, batch)
             method.to(like.device, like.dtype)
-            remembered = {name: b.clone() for name, b in method.named_buffers()}
-            loss = factor * method.loss(s, t, batch)
-            if loss.ndim or not torch.isfinite(loss):
-                raise Refused(
-                    f"The loss of '{use.name}' on the example is {loss.detach()}, expected one finite "
-                    "number; look "
-                    "at the data and the taps."
-                )
-            if not _reaches(loss, sight.students[use.view][0]):
-                raise Refused(
-                    f"The loss of '{use.name}' does not depend on the student's weights, so it would teach "
-                    "nothing; check its taps."
-                )
-            for rival in method.rivals():
-                method.rival_loss(rival, s.detach(), t.detach(), batch)
-        with torch.no_grad():
-            for name, b in method.named_buffers():
-                b.copy_(remembered[name])
+            with _unmoved(method):
+                loss = factor * method.loss(s, t, batch)
+                if loss.ndim or not torch.isfinite(loss):
+                    raise Refused(
+                        f"The loss of '{use.name}' on the example is {loss.detach()}, expected one finite "
+                        "number; look at the data and the taps."
+                    )
+                if not _reaches(loss, sight.students[use.view][0]):
+                    raise Refused(
+                        f"The loss of '{use.name}' does not depend on the student's weights, so it would "
+                        "teach nothing; check its taps."
+                    )
+                for rival in method.rivals():
+                    method.rival_loss(rival, s.detach(), t.detach(), batch)
 
 
 class ClassesDiffer(Refused):
@@ -314,6 +312,18 @@ class ClassesDiffer(Refused):
             "which "
             "of the teacher's outputs scores each class."
         )
+
+
+@contextmanager
+def _unmoved(module: nn.Module) -> Iterator[None]:
+    """What the module remembers (BatchNorm statistics, banks) is afterwards what it was before."""
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, b in module.named_buffers():
+                b.copy_(before[name])
 
 
 @contextmanager

@@ -224,6 +224,24 @@ def test_a_temperature_is_saved_and_resumed(tmp_path: Path) -> None:
         assert torch.equal(p, q), name
 
 
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, s: Seen, t: Seen) -> tuple[Seen, Seen, float]:
+        return replace(s, out=self.norm(s.out)), t, 1.0
+
+
+def test_what_a_lens_remembers_begins_with_the_first_batch() -> None:
+    student, teacher = pair()
+    lens = Normalised()
+    distiller = Distiller(student, teacher, [Term(Soft(), through=(lens,))], example=BATCH)
+    assert lens.norm.num_batches_tracked == 0
+    distiller(BATCH)
+    assert lens.norm.num_batches_tracked == 1
+
+
 # --- named in a recipe ---
 
 

@@ -203,3 +203,8 @@ def test_a_change_that_is_not_there_is_refused_before_anything_is_written(
     with pytest.raises(Refused, match=says):
         Run(plan(change=change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_made_needs_a_name_of_its_own() -> None:
+    with pytest.raises(Refused, match=r"stages.2.learner.name is 'student8', which is a model already"):
+        plan({"learner": {"name": "student8", "from": "teacher"}, "epochs": 1})

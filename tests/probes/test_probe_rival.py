@@ -199,6 +199,15 @@ def test_a_rival_that_cannot_work_is_refused_before_the_first_step() -> None:
         lesson(1, Broken())
 
 
+def test_a_rival_is_not_trained_by_one_sum_of_losses() -> None:
+    """The critic would learn to be fooled: that sum has a gradient in it as well."""
+    _, distiller, _ = lesson(1)
+    batch = Drawn().batches[0]
+    with pytest.raises(Refused, match=r"'adversary' brings a rival .* offline scheme"):
+        distiller(batch.x, batch.y)
+    assert torch.equal(distiller.eval()(batch.x), distiller.student(batch.x))
+
+
 def tiny() -> Splits:
     draw = torch.Generator().manual_seed(0)
     data = Data(torch.randn(8, 5, generator=draw), torch.arange(8) % 3, ("a", "b", "c"))
@@ -226,6 +235,9 @@ def test_a_rival_has_its_own_optimiser_or_one_like_the_students(own: bool) -> No
             ],
         }
     )
+    change = 'stages.0.optim."adversary.critic".lr=0.5'
+    changed = recipe.apply(plan.model_dump(mode="json", by_alias=True), [change])
+    assert recipe.parse(changed).stages[0].optim["adversary.critic"].lr == 0.5
     engine = build.lab(plan).engine(0)
     student, critic = (engine.paces[name].optimiser for name in ("student", "adversary.critic"))
     assert (type(student), student.param_groups[0]["lr"]) == (torch.optim.SGD, 0.03)

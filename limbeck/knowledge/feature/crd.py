@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from limbeck.core import across
-from limbeck.core.batch import IGNORE, Batch
+from limbeck.core.batch import IGNORE, Batch, Lesson
 from limbeck.core.keyed import keyed
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
@@ -81,6 +81,13 @@ class CRD(Method):
         order_free=True,
     )
 
+    bank_s: Tensor
+    bank_t: Tensor
+    log_z: Tensor
+    order: Tensor
+    first: Tensor
+    kin: Tensor
+
     def __init__(
         self,
         negatives: int = 16384,
@@ -93,8 +100,8 @@ class CRD(Method):
         if negatives < 1 or width < 1 or not 0 < temperature < math.inf or not 0 <= momentum < 1:
             raise Refused(
                 f"Method 'crd' has {negatives} negatives, width {width}, temperature {temperature} and "
-                f"momentum {momentum}; expected negatives and width of at least 1, a temperature above 0 and a "
-                "momentum in [0, 1)."
+                f"momentum {momentum}; expected negatives and width of at least 1, a temperature above 0 and "
+                "a momentum in [0, 1)."
             )
         self.negatives, self.width = negatives, width
         self.temperature, self.momentum = temperature, momentum
@@ -105,8 +112,9 @@ class CRD(Method):
         assert batch.index is not None
         if batch.index.max() >= samples:
             raise Refused(
-                f"Method 'crd' remembers every training sample, and the lesson has {samples} where the "
-                f"batch shows sample {int(batch.index.max())}; give the batch a lesson with the number of samples."
+                f"Method 'crd' remembers every training sample, and the lesson has {samples} of them where "
+                f"the batch shows number {int(batch.index.max())}; give the batch a lesson that knows how "
+                "many there are."
             )
         order, first, kin = _kin(torch.full((samples,), IGNORE) if labels is None else labels.cpu())
         if int(kin.max()) == samples:
@@ -127,7 +135,8 @@ class CRD(Method):
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
         here = unit(_projected(self.project_s, s.at[self.tap]))
         there = unit(_projected(self.project_t, t.at[self.tap]))
-        pairs, times = self.pairs(batch)
+        assert batch.index is not None
+        pairs, times = self.pairs(batch.index, batch.lesson)
         times = times.to(here.dtype)
         loss_s, log_z_s = self._one_way(here, self.bank_t, pairs, times, self.log_z[0])
         loss_t, log_z_t = self._one_way(there, self.bank_s, pairs, times, self.log_z[1])
@@ -136,13 +145,15 @@ class CRD(Method):
         self._remember(batch.index, here, there)
         return loss_s + loss_t
 
-    def pairs(self, batch: Batch) -> tuple[Int[Tensor, "b pairs"], Float[Tensor, "#b pairs"]]:
+    def pairs(
+        self, index: Int[Tensor, " b"], lesson: Lesson
+    ) -> tuple[Int[Tensor, "b pairs"], Float[Tensor, "#b pairs"]]:
         """The samples that each row is compared with, its own first, and how many times each counts."""
-        index, samples = batch.index, len(self.order)
+        samples = len(self.order)
         first, kin = self.first[index, None], self.kin[index, None]
         others = samples - kin
         if self.negatives < samples:
-            place = (keyed(batch.lesson, index, "negatives", self.negatives) * others).long()
+            place = (keyed(lesson, index, "negatives", self.negatives) * others).long()
             place = place + kin * (place >= first)  # kin are skipped
             times = torch.ones(1, self.negatives, device=index.device)
         else:
@@ -171,13 +182,11 @@ class CRD(Method):
             log_z = torch.where(log_z.isinf(), found, log_z)
             log_noise = log_z + math.log(self.negatives / len(bank))
             slope, loss = torch.func.grad_and_value(nce)(scores, times, log_noise)
-            every = torch.zeros(len(anchor), len(bank), dtype=slope.dtype, device=slope.device)
-            grad = every.scatter_add(1, pairs, slope) @ bank / self.temperature
+            slopes = torch.zeros_like(anchor[:, :1]).repeat(1, len(bank)).scatter_add_(1, pairs, slope)
+            grad = slopes @ bank / self.temperature
         return loss + ((anchor - anchor.detach()) * grad).sum(), log_z  # adds 0, and the gradient
 
-    def _remember(
-        self, index: Int[Tensor, " b"], s: Float[Tensor, "b d"], t: Float[Tensor, "b d"]
-    ) -> None:
+    def _remember(self, index: Int[Tensor, " b"], s: Float[Tensor, "b d"], t: Float[Tensor, "b d"]) -> None:
         """Move the banks' rows of these samples, seen by all processes, towards what was seen."""
         with torch.no_grad(), torch.autocast(s.device.type, enabled=False):
             rows = across.gather(index)

@@ -9,12 +9,12 @@ $$e^{-\gamma \lVert x_i - x_j \rVert^2} \approx C_{ij}
   L = \frac{1}{b^2} \lVert C^s - C^t \rVert_F^2$$
 
 **This is the paper's loss, and not the one called CC in RepDistiller** (`distiller_zoo/CC.py`, mailed by the
-author), which is $\operatorname{mean}_i \sum_d |s_i - t_i|_d\, |s_{i+1} - t_{i+1}|_d$ of features projected to
-128 dimensions: it compares instances, not correlations, and depends on the order of the rows. Its weight of
-0.02, and all published CIFAR-100 figures made with it, belong to that loss.
+author), which is $\operatorname{mean}_i \sum_d |s_i - t_i|_d\, |s_{i+1} - t_{i+1}|_d$ of features projected
+to 128 dimensions: it compares instances, not correlations, and depends on the order of the rows. Its weight
+of 0.02, and the CIFAR-100 figures that are usually quoted for CC, belong to that loss.
 
-Weights: entries of $C$ lie in $e^{-2\gamma}$ times 0.52 to 2.12 (at the defaults), so the loss is small: AberHu's
-Knowledge-Distillation-Zoo, which has this kernel at $\gamma = 0.4$, $P = 2$, weighs it by 100.
+Weights: at the defaults entries of $C$ lie between 0.23 and 0.95, so the loss is small: AberHu's
+Knowledge-Distillation-Zoo, which has this kernel, weighs it by 100.
 
 Departures from the paper, as in that code:
 - Correlations alone: KD, or a squared error on features beside it, is a term of its own.
@@ -42,9 +42,7 @@ from limbeck.core.taps import Seen
 from limbeck.pieces.similarity import gram, unit
 
 
-def cc(
-    s: Float[Tensor, "b d_s"], t: Float[Tensor, "b d_t"], gamma: float, order: int
-) -> Float[Tensor, ""]:
+def cc(s: Float[Tensor, "b d_s"], t: Float[Tensor, "b d_t"], gamma: float, order: int) -> Float[Tensor, ""]:
     """How far the student's correlations are from the teacher's. No gradient passes to `t`."""
     return F.mse_loss(correlations(s, gamma, order), correlations(t.detach(), gamma, order))
 

@@ -8,8 +8,8 @@ $$p_{ij} = \frac{K_{ij}}{\sum_k K_{ik}}, \qquad K_{ij} = \tfrac12 (c_{ij} + 1), 
   L = \operatorname*{mean}_{i,j}\, p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon},
   \qquad \epsilon = 10^{-7}$$
 
-Weights: 30,000 is that of RepDistiller and mdistiller, on the pooled feature. It is large because the mean is
-over $b^2$ pairs of probabilities that are about $1/b$ each.
+Weights: 30,000 is that of RepDistiller and mdistiller, on the pooled feature. It is large because a row's KL
+is divided by $b$ once more: this weight belongs to batches of 64 to 128.
 
 Departures from the paper, all but the last as in the official code (passalis/probabilistic_kt, `nn/pkt.py`),
 which RepDistiller and mdistiller repeat:

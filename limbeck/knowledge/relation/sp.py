@@ -11,9 +11,10 @@ mdistiller, on the last map before pooling. Rows of $G$ have length 1 at every b
 as $1/b$: this weight belongs to batches of 64 to 128.
 
 Departures from the paper:
-- A layer of the student is compared with the teacher's of the same tap name, not with every layer of a set.
 - A row of $\tilde G$ that is all 0 (a dead map) stays 0 and passes no gradient.
 - With several processes the relations are among all their rows.
+
+Layers are paired by tap name. Widths and grids need not agree.
 """
 
 from collections.abc import Sequence

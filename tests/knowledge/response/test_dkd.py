@@ -29,7 +29,7 @@ def slow_parts(s: Tensor, t: Tensor, y: Tensor, temperature: float) -> tuple[lis
         above_t = [math.exp(z / temperature) for z in z_t]
         p_s, p_t = above_s[label] / sum(above_s), above_t[label] / sum(above_t)
         binary = p_t * math.log(p_t / p_s) + (1 - p_t) * math.log((1 - p_t) / (1 - p_s))
-        rest_s, rest_t = sum(above_s) - above_s[label], sum(above_t) - above_t[label]
+        rest_s, rest_t = (sum(above[:label] + above[label + 1 :]) for above in (above_s, above_t))
         among = 0.0
         for i in range(len(z_s)):
             if i != label:
