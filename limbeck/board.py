@@ -19,7 +19,7 @@ from scipy import stats
 
 from limbeck import build, checkpoint, recipe, registry
 from limbeck.core.refused import Refused
-from limbeck.run import Moment, Run, environment
+from limbeck.run import Moment, Run, Stopped, environment
 
 CONTROL = "control"
 
@@ -61,8 +61,8 @@ class Board:
         self.title = title or folder.name
         if CONTROL in arms:
             raise Refused(
-                f"An arm is called '{CONTROL}', which is the recipe without a teacher and always there; call it "
-                "something else."
+                f"An arm is called '{CONTROL}', which is the recipe without a teacher and always there; "
+                "call it something else."
             )
         self.changes = {CONTROL: {"terms": []}, **arms}
         self.plans = {name: _arm(whole, name, changes) for name, changes in self.changes.items()}
@@ -95,8 +95,14 @@ class Board:
             run = self._run = self._cell_run(cell)
             if self._stop:
                 run.stop()
-            for moment in run.moments():
-                yield cell, moment
+            try:
+                for moment in run.moments():
+                    yield cell, moment
+            except Stopped:
+                where = f"in arm '{cell.arm}'" if cell.arm else "before the arms"
+                raise Stopped(
+                    f"Stopped {where}, seed {cell.seed}; the same `limbeck board` goes on."
+                ) from None
             yield cell, None
 
     def scores(self, cell: Cell) -> dict[str, float]:

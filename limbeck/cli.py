@@ -104,23 +104,14 @@ def list_(
     if kind != "method":
         _print("\n".join(registry.names(kind)))
         return
-    from rich.table import Table
-
-    columns = Table(box=None, pad_edge=False)
-    for heading in ("method", "year", "teaches", "paper", "fidelity", "taps", "needs"):
-        columns.add_column(heading)
+    rows = [("method", "year", "teaches", "paper", "fidelity", "taps", "needs")]
     for name in registry.names("method"):
         card = registry.find("method", name).card
-        columns.add_row(
-            name,
-            str(card.year),
-            ", ".join(card.knowledge),
-            card.paper,
-            card.fidelity,
-            ", ".join(card.taps),
-            ", ".join(sorted(card.needs)),
-        )
-    _print(columns)
+        knowledge, taps, needs = map(", ".join, (card.knowledge, card.taps, sorted(card.needs)))
+        rows.append((name, str(card.year), knowledge, card.paper, card.fidelity, taps, needs))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        _print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
@@ -252,6 +243,8 @@ def _device(name: str) -> str:
     from limbeck.core.refused import Refused
 
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("limbeck has not been tried on it")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise Refused(

@@ -1,5 +1,6 @@
 """A recipe: named models and a list of stages, as data. TOML in, Python out, and back."""
 
+import copy
 import difflib
 import json
 import re
@@ -188,15 +189,26 @@ class Recipe(Strict):
                 for teacher in use.teachers:
                     _known(f"stages.{n}.terms.{k}.teacher", teacher, known)
         for name, model in self.models.items():
-            for other in (
-                [model.mean_of]
-                if isinstance(model, Mean)
-                else model.ensemble
-                if isinstance(model, Group)
-                else []
-            ):
+            for other in _made_of(model):
                 _known(f"models.{name}", other, [*self.models, *made])
+            if name in self._within(name):
+                raise Refused(f"models.{name} is made of itself; an ensemble's members must be others.")
+        for n, stage in enumerate(self.stages):
+            for k, use in enumerate(stage.terms):
+                if any(stage.learns in {t, *self._within(t)} for t in use.teachers):
+                    raise Refused(
+                        f"stages.{n}.terms.{k} would let '{stage.learns}' teach itself; name another "
+                        "teacher, its running mean (`mean_of`), or a learner made from it."
+                    )
         return self
+
+    def _within(self, name: str, seen: frozenset[str] = frozenset()) -> set[str]:
+        """The models that an ensemble holds, at any depth. A mean is a copy: it holds nobody."""
+        model = self.models.get(name)
+        if not isinstance(model, Group) or name in seen:
+            return set()
+        deeper = (self._within(other, seen | {name}) for other in model.ensemble)
+        return set(model.ensemble).union(*deeper)
 
     @property
     def fingerprint(self) -> str:
@@ -207,10 +219,17 @@ class Recipe(Strict):
         return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
 
 
+def _made_of(model: Net | Mean | Group) -> list[str]:
+    return [model.mean_of] if isinstance(model, Mean) else model.ensemble if isinstance(model, Group) else []
+
+
 def read(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from a TOML file, with `--set` changes such as `stages.1.epochs=2`. Raises `Refused`, naming
     file and field."""
-    return parse(apply(read_toml(path), changes), str(path))
+    content = read_toml(path)
+    if "arms" in content:
+        raise Refused(f"{path} is a board, expected a recipe; run it with: limbeck board {path}")
+    return parse(apply(content, changes), str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -245,7 +264,7 @@ def checked(model: Any, content: Any, source: str, *checks: Any) -> Any:
 def apply(content: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
     """`a.0.b=value` changes on plain data; a name with a dot in it is quoted, as in TOML; the value is TOML,
     or else a string. Raises `Refused` for a place that is not there."""
-    content = json.loads(json.dumps(content))
+    content = copy.deepcopy(content)
     for change in changes:
         path, equals, text = change.partition("=")
         try:
@@ -319,7 +338,7 @@ def _fit_knobs(where: str, factory: Any, spec: Open, given: Sequence[str] = ()) 
         annotation = known[knob].annotation
         if annotation is not known[knob].empty:
             try:
-                TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+                TypeAdapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
             except ValidationError as error:
                 raise Refused(
                     f"{where}.{knob} is {value!r}: {_expected(error.errors()[0]['msg'])}."

@@ -72,6 +72,8 @@ def knobs(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _outside(kind: str, path: str) -> Any:
     module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise Refused(f"The {kind} '{path}' names nothing; expected 'package.module:name'.")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

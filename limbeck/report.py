@@ -25,8 +25,8 @@ from limbeck.board import verdict
 NONE = "–"
 COLOURS = {"helped": "green", "hurt": "red"}
 NOTE = (
-    "difference: arm minus the control of the same seed. ±: standard deviation over seeds. p: paired t-test, "
-    "one per arm, not corrected for their number. sec: training of the last stage."
+    "difference: arm minus the control of the same seed. ±: standard deviation over seeds. p: paired "
+    "t-test, one per arm, not corrected for their number. sec: training of the last stage."
 )
 
 

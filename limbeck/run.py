@@ -24,7 +24,6 @@ from limbeck.core.refused import Refused
 from limbeck.data.loader import Loader
 from limbeck.engine import Engine, Record, evaluate
 
-
 _RUN = ("fingerprint", "recipe", "seed")
 _RESTORE = "restore it from a copy, or remove its folder to start again"
 
@@ -272,8 +271,8 @@ def _other_run(folder: Path, started: dict[str, Any], plan: recipe.Recipe, seed:
     mine = {"seed": seed, "recipe": plan.model_dump(mode="json", by_alias=True)}
     where, found, wanted = next(_differences({"seed": started["seed"], "recipe": started["recipe"]}, mine))
     return (
-        f"{folder} holds a run of another recipe: {where} is {found!r} there and {wanted!r} here; "
-        "choose another folder, or resume that run as it is."
+        f"{folder} holds a run of another recipe: {where} is {found!r} there and {wanted!r} here; choose "
+        "another folder, or resume that run as it is."
     )
 
 

@@ -110,9 +110,9 @@ class Distiller(nn.Module):
                 "least one."
             )
 
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        self.lenses.to(device)
-        batch = (example if isinstance(example, Batch) else Batch(example[0], example[1])).to(device)
+        like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
+        self.lenses.to(like.device, like.dtype)
+        batch = (example if isinstance(example, Batch) else Batch(example[0], example[1])).to(like.device)
         sight = self._dry_run(batch)
         if isinstance(task, Task):
             task.check(*sight.students[0])
@@ -121,7 +121,7 @@ class Distiller(nn.Module):
                 self.task(*sight.students[0])
         with _unmoved(self.lenses):
             for use in self._uses:
-                self._build(use, sight)
+                self._build(use, sight, like)
         self._judged = next((use.name for use in self._uses if self._method(use).rivals()), None)
 
     # --- one batch ---
@@ -222,8 +222,7 @@ class Distiller(nn.Module):
             if lacks:
                 raise Refused(
                     f"Method '{name}' needs {' and '.join(sorted(lacks))}, which a {type(teacher).__name__} "
-                    "teacher "
-                    "cannot give; use a live single teacher."
+                    "teacher cannot give; use a live single teacher."
                 )
             key = next(n for n in _numbered(name) if n not in self.methods)
             self.methods[key] = term.method if place == 0 else copy.deepcopy(term.method)
@@ -254,7 +253,7 @@ class Distiller(nn.Module):
         with _said("The teacher", "be run on the example"):
             return Sight(students, [teacher.check(batch) for teacher in self._teachers])
 
-    def _build(self, use: _Use, sight: Sight) -> None:
+    def _build(self, use: _Use, sight: Sight, like: Tensor) -> None:
         """Make the method's modules, once what it is shown is what it can use, and try its losses."""
         method = self._method(use)
         with _said(f"The lens of method '{use.name}'", "look at this pair"):
@@ -263,8 +262,7 @@ class Distiller(nn.Module):
             if len(s.out) != len(t.out):
                 raise Refused(
                     f"Method '{use.name}' would compare {len(s.out)} rows of the student with {len(t.out)} "
-                    "of the "
-                    "teacher; give both the same view, or views that keep the number of rows."
+                    "of the teacher; give both the same view, or views that keep the number of rows."
                 )
             if "same_classes" in method.card.needs and s.out.shape[1:2] != t.out.shape[1:2]:
                 raise ClassesDiffer(use.name, s.out.shape[1], t.out.shape[1])
@@ -280,7 +278,6 @@ class Distiller(nn.Module):
             if n in s.at and n in t.at
         )
         pair = f"compare this pair (student and teacher show {shapes or 'no taps'})"
-        like = next((p for p in self.student.parameters() if p.is_floating_point()), torch.empty(0))
         with _said(f"Method '{use.name}'", pair), forked(self.seed, "build", use.key):
             method.build(s, t, batch)
             method.to(like.device, like.dtype)
@@ -307,10 +304,9 @@ class ClassesDiffer(Refused):
         self.method, self.s, self.t = method, s, t
         works = f"methods that do not read class scores still work: {', '.join(still)}"
         super().__init__(
-            f"Method '{method}' compares class scores, and the student has {s} classes where the teacher has "
-            f"{t}; {works if still else 'feature and relation methods still work'}; or say with `columns` "
-            "which "
-            "of the teacher's outputs scores each class."
+            f"Method '{method}' compares class scores, and the student has {s} classes where the teacher "
+            f"has {t}; {works if still else 'feature and relation methods still work'}; or say with "
+            "`columns` which of the teacher's outputs scores each class."
         )
 
 

@@ -100,9 +100,8 @@ class Tapped:
             missing = next(n for n in self.names if n not in at)
             raise Refused(
                 f"Tap '{missing}' of the {self.called} showed nothing: its module was not called in this "
-                "forward (a copy or a "
-                "wrapper of the model was called, or it was compiled before it was tapped); tap a module "
-                "that runs."
+                "forward (a copy or a wrapper of the model was called, or it was compiled before it was "
+                "tapped); tap a module that runs."
             )
         mask = x["attention_mask"].bool() if isinstance(x, Mapping) and "attention_mask" in x else None
         return Seen(self._answer(out), at, mask, self.model, self.modules)
@@ -118,15 +117,13 @@ class Tapped:
             if tensor._version != versions[name]:
                 raise Refused(
                     f"Tap '{name}' of the {self.called} is changed in place after it is read (often by an "
-                    "activation with "
-                    "inplace=True), so a loss on it would see other values; tap the layer that follows, or "
-                    "set inplace=False."
+                    "activation with inplace=True), so a loss on it would see other values; tap the layer "
+                    "that follows, or set inplace=False."
                 )
             if counts[name] > 1:
                 raise Refused(
                     f"Tap '{name}' of the {self.called} is called {counts[name]} times in one forward, so "
-                    "it does not name one "
-                    "tensor; tap a module that runs once."
+                    "it does not name one tensor; tap a module that runs once."
                 )
         return seen
 
@@ -135,8 +132,7 @@ class Tapped:
         if path or side:
             raise Refused(
                 f"The tap 'out' of the {self.called} is '{self.table['out']}', which names a module, "
-                "expected entries "
-                f"of the model's own output; write it as '[{path}]'."
+                f"expected entries of the model's own output; write it as '[{path}]'."
             )
         return keys
 
@@ -150,8 +146,7 @@ class Tapped:
             ]
             raise Refused(
                 f"Tap '{name}' does not exist in the {self.called} ({type(self.model).__name__}); near "
-                "names are: "
-                f"{', '.join(near[:8])}."
+                f"names are: {', '.join(near[:8])}."
             )
         return modules[path]
 

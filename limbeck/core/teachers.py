@@ -139,8 +139,8 @@ class Frozen(Teacher):
             if self._columns > out.shape[1]:
                 raise Refused(
                     f"`columns` asks the {self.tapped.called} for output {self._columns - 1}, and it has "
-                    f"{out.shape[1]} "
-                    f"(0 to {out.shape[1] - 1}); name its output for each of the student's classes."
+                    f"{out.shape[1]} (0 to {out.shape[1] - 1}); name its output for each of the student's "
+                    "classes."
                 )
             out = out.index_select(1, self.columns.to(home))
         at = {name: back(v) for name, v in seen.at.items()}
@@ -236,8 +236,7 @@ class Ensemble(Teacher):
         if names:
             raise Refused(
                 f"An ensemble of teachers has no tap '{names[0]}': it mixes answers only; give the method "
-                "one of its teachers, or all "
-                "of them as `teachers`."
+                "one of its teachers, or all of them as `teachers`."
             )
 
     def follow(self) -> None:
@@ -256,8 +255,8 @@ class Ensemble(Teacher):
         if len(set(shapes)) > 1:
             raise Refused(
                 "An ensemble mixes answers of one shape, and its teachers answer "
-                f"{', '.join(map(str, shapes))}; say with "
-                "`columns` which of a teacher's outputs scores each class."
+                f"{', '.join(map(str, shapes))}; say with `columns` which of a teacher's outputs scores "
+                "each class."
             )
         logs = torch.stack([a.out.log_softmax(1) for a in answers])
         weights = torch.tensor(self.weights, dtype=logs.dtype, device=logs.device)

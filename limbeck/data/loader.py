@@ -47,8 +47,8 @@ class Data:
         if odd.any():
             raise Refused(
                 f"Label {int(self.y[odd][0])} of sample {int(odd.nonzero()[0])} is outside the "
-                f"{len(self.classes)} classes of the data (0 to {len(self.classes) - 1}); "
-                f"mend it, or use {IGNORE} for a sample without a label."
+                f"{len(self.classes)} classes of the data (0 to {len(self.classes) - 1}); mend it, or use "
+                f"{IGNORE} for a sample without a label."
             )
 
     def __len__(self) -> int:
@@ -103,8 +103,8 @@ class Loader:
         least = 2 * ranks if ranks > 1 else 1  # rows for each process, in pairs
         if batch < 1 or batch % least:
             raise Refused(
-                f"A batch of {batch} rows cannot be dealt to {ranks} process(es); ask for a positive multiple of "
-                f"{least}."
+                f"A batch of {batch} rows cannot be dealt to {ranks} process(es); ask for a positive "
+                f"multiple of {least}."
             )
         if len(data) < least:
             raise Refused(

@@ -46,7 +46,6 @@ class Classify(Task):
         highest = max(int(y.max()) for y in known)
         if highest >= s.out.shape[1]:
             raise Refused(
-                f"The data has label {highest}, and the model's head has {s.out.shape[1]} outputs "
-                f"(0 to {s.out.shape[1] - 1}); give the model `classes = {highest + 1}`, or mend "
-                "the labels."
+                f"The data has label {highest}, and the model's head has {s.out.shape[1]} outputs (0 to "
+                f"{s.out.shape[1] - 1}); give the model `classes = {highest + 1}`, or mend the labels."
             )

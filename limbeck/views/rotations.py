@@ -22,8 +22,8 @@ def rotations(batch: Batch) -> Batch:
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[2] != x.shape[3]:
         found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise Refused(
-            f"Rotations turn square images, and x has {found}, expected (rows, channels, size, size); "
-            "crop or pad the images first."
+            f"Rotations turn square images, and x has {found}, expected (rows, channels, size, size); crop "
+            "or pad the images first."
         )
     if y is not None and y.ndim != 1:
         raise Refused(
