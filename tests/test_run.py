@@ -80,8 +80,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def ends_like(folder: Path, whole: Run) -> bool:
     weights = [load_file(where / "student.safetensors") for where in (folder, whole.folder)]
-    scores = [json.loads((where / "result.json").read_text())["scores"] for where in (folder, whole.folder)]
-    return same(*weights) and scores[0] == scores[1] and untimed(folder) == untimed(whole.folder)
+    results = [json.loads((where / "result.json").read_text()) for where in (folder, whole.folder)]
+    for result in results:
+        for final in (result, *result["stages"]):
+            final.pop("seconds")
+    return same(*weights) and results[0] == results[1] and untimed(folder) == untimed(whole.folder)
 
 
 # --- what a run leaves behind ---
@@ -130,6 +133,10 @@ def test_its_result_is_of_what_ships(whole: Run) -> None:
     assert result["scores"].keys() == {"valid.accuracy", "test.accuracy"}
     assert result["scores"]["valid.accuracy"] == metrics(whole.folder)[-1]["scores"]["accuracy"]
     assert result["seconds"] == pytest.approx(sum(line["seconds"] for line in metrics(whole.folder)[1:]))
+    teacher, student = result["stages"]
+    assert student == {key: value for key, value in result.items() if key not in ("shipped", "stages")}
+    assert teacher["learner"] == "teacher"
+    assert teacher["scores"]["valid.accuracy"] == metrics(whole.folder)[0]["scores"]["accuracy"]
     about = json.loads((whole.folder / "student.json").read_text())["about"]
     assert about["scores"] == result["scores"] and about["fingerprint"] == whole.fingerprint
 
@@ -206,7 +213,7 @@ def test_the_same_recipe_goes_on_in_its_folder_without_being_asked_to_resume(
     assert ends_like(again.folder, whole)
 
 
-@pytest.mark.parametrize("k", [1, 3, 4, 6, 9, 12])
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 6, 9, 12])
 def test_killed_after_k_batches_it_goes_on_from_its_last_checkpoint(
     k: int, tmp_path: Path, whole: Run
 ) -> None:
@@ -246,6 +253,28 @@ def test_killed_just_before_its_last_checkpoint_it_can_still_be_built_upon(
         finish(shared)
     after = finish(Run(plan(), tmp_path / "run", after=shared.folder))
     assert same(load_file(after / "student.safetensors"), load_file(whole.folder / "student.safetensors"))
+
+
+def test_what_is_made_from_a_model_is_made_alike_whenever_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy = (
+        "import copy\n"
+        "def noisy(net):\n"
+        "    net = copy.deepcopy(net)\n"
+        "    net.head.reset_parameters()\n"
+        "    return net\n"
+    )
+    (tmp_path / "makes_noise.py").write_text(noisy)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = {"name": "made", "from": "student", "change": "makes_noise:noisy"}
+    run = Run(plan(stages=[{"learner": made, "epochs": 1, "batch": 300}]), tmp_path / "run")
+    first = run.lab.learner(run.plan.stages[0]).state_dict()
+    first = {name: value.clone() for name, value in first.items()}
+    torch.rand(5)
+    assert same(run.lab.learner(run.plan.stages[0]).state_dict(), first)
+    other = Run(plan(stages=[{"learner": made, "epochs": 1, "batch": 300}]), tmp_path / "other", seed=1)
+    assert not same(other.lab.learner(other.plan.stages[0]).state_dict(), first)
 
 
 def test_a_finished_run_is_left_alone(whole: Run) -> None:

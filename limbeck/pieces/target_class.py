@@ -20,7 +20,7 @@ def target(z: Float[Tensor, "b k *rest"], y: Int[Tensor, "b *rest"]) -> Float[Te
 def others(z: Float[Tensor, "b k *rest"], y: Int[Tensor, "b *rest"]) -> Float[Tensor, "b k-1 *rest"]:
     """What `z` says of all other classes, in their order."""
     place = torch.arange(z.shape[1] - 1, device=z.device).view(1, -1, *(1 for _ in y.shape[1:]))
-    return z.gather(1, place + (place >= y.clamp(min=0).unsqueeze(1)))
+    return z.gather(1, place + (place >= y.unsqueeze(1)))
 
 
 def expect_labelled_answers(method: str, s: Seen, t: Seen, batch: Batch) -> None:

@@ -7,8 +7,8 @@ how strong they are, does not matter:
 $$Q_i = \sum_c |x_{ci}|^p, \qquad q = Q / \lVert Q \rVert_2, \qquad
   L = \sum_{\text{taps}} \operatorname*{mean}_{b,\,i}\, (q_s - q_t)^2$$
 
-Weight: 1000 is that of the official code, RepDistiller and mdistiller, which all take this mean. Since a row's
-$\lVert q_s - q_t \rVert^2$ is at most 2, the mean is at most $2/n$: small weights teach nothing.
+Weight: 1000 is that of the official code, RepDistiller and mdistiller, which all take this mean. It is no
+large weight: $\lVert q_s - q_t \rVert^2$ is at most 2, so a tap's loss is at most $2/n$.
 
 Departures from the paper:
 - Its equation has the norm of the difference, with $\beta / 2$ before it and $\beta = 10^3$ divided by the
@@ -17,7 +17,7 @@ Departures from the paper:
   is taken, as RepDistiller and mdistiller do; the paper interpolates attention maps.
 - Of its attentions only $F^p_{sum}$, the one it uses, is here: neither the maximum over channels nor the
   gradient with respect to the input.
-- Its schedule of $\beta$ when it is combined with KD is the term's ramp.
+- Beside KD its weight decays during training, in a way that it does not tell; here it stays.
 
 Departures from the official code (szagoruyko/attention-transfer, `cifar.py`), for the sake of numbers: the
 mean over channels is a sum, and energies are in units of a row's largest, both undone by the norm. A map of
@@ -47,9 +47,7 @@ def attention(x: Float[Tensor, "b c h w"], power: float = 2.0) -> Float[Tensor, 
     return F.normalize(energy / torch.where(largest > 0, largest, 1.0))
 
 
-def at(
-    s: Float[Tensor, "b c_s h w"], t: Float[Tensor, "b c_t h w"], power: float = 2.0
-) -> Float[Tensor, ""]:
+def at(s: Float[Tensor, "b c_s h w"], t: Float[Tensor, "b c_t h w"], power: float = 2.0) -> Float[Tensor, ""]:
     """Mean squared gap between two attentions on one grid. Gradient passes to both."""
     return F.mse_loss(attention(s, power), attention(t, power))
 
@@ -67,9 +65,7 @@ class AT(Method):
         zero_at_match=True,
     )
 
-    def __init__(
-        self, power: float = 2.0, taps: Sequence[str] = ("stage1", "stage2", "stage3")
-    ) -> None:
+    def __init__(self, power: float = 2.0, taps: Sequence[str] = ("stage1", "stage2", "stage3")) -> None:
         super().__init__()
         if not 1 <= power < math.inf:
             raise Refused(f"The power of 'at' is {power}, expected a number of at least 1; try 2.")

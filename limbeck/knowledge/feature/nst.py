@@ -1,7 +1,8 @@
-r"""Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang, Wang; 2017; arXiv:1707.01219).
+r"""Like What You Like: Knowledge Distill via Neuron Selectivity Transfer
+(Huang, Wang; 2017; arXiv:1707.01219).
 
 A channel's map says what its neuron likes in an image. As a unit vector over positions it is one sample; the
-student's samples should be distributed as the teacher's, by the maximum mean discrepancy (MMD) with the kernel
+student's samples should be distributed as the teacher's, by the maximum mean discrepancy (MMD) with kernel
 $k(u, v) = \langle u, v \rangle^2$. With a row's $\hat s$ ($c_s \times n$) and $\hat t$ ($c_t \times n$):
 
 $$L = \sum_{\text{taps}} \operatorname*{mean}_b \Big(
@@ -10,22 +11,24 @@ $$L = \sum_{\text{taps}} \operatorname*{mean}_b \Big(
     = \sum_{\text{taps}} \operatorname*{mean}_b
       \Big\lVert \tfrac1{c_s} \hat s^\top \hat s - \tfrac1{c_t} \hat t^\top \hat t \Big\rVert_F^2$$
 
-The order of channels and their number do not matter, nor does the strength or sign of any one of them. The two
-forms are one: the first takes $c \times c$ matrices, the second $n \times n$, and the smaller work is done.
+The order of channels and their number do not matter, nor does the strength or sign of any one of them. The
+two forms are one: the first takes $c \times c$ matrices, the second $n \times n$, and the smaller work is
+done.
 
 Weight: 50 in the official code, RepDistiller and mdistiller, which all take these means.
 
 Departures from the paper:
-- Of its three kernels only the polynomial one, with which it gets its best results and which the official code
-  kept ($d = 2$, $c = 0$); neither the linear nor the Gaussian.
+- Of its three kernels only the polynomial one ($d = 2$, $c = 0$), which alone the official code kept; neither
+  the linear nor the Gaussian.
 - When grids differ, the larger map is averaged down to the smaller by adaptive pooling, as RepDistiller does.
 
 Departures from the official code (TuSimple/neuron-selectivity-transfer, `symbol/transfer.py`):
 - It leaves out the teacher's own term, which is constant; without it the loss is not 0 at a match.
 - It compares the last maps before their ReLU. Here the tap says which; `stage3` is usually behind it.
 
-RepDistiller and mdistiller compare every stage, each at weight 50: `taps = ["stage1", "stage2", "stage3"]`. They
-hold $c_s c_t n$ products a row, a gigabyte where this takes a megabyte.
+RepDistiller and mdistiller compare every stage, each at weight 50: `taps = ["stage1", "stage2", "stage3"]`.
+They hold $c_s c_t n$ products a row: a gigabyte for 64 rows of 64 channels on 32x32, where this has a
+megabyte of products.
 
 A channel of zeros likes nothing: its vector is 0, it counts in the mean and gets no gradient.
 """
@@ -66,9 +69,7 @@ def kernel(u: Float[Tensor, "b i n"], v: Float[Tensor, "b j n"]) -> Float[Tensor
 class NST(Method):
     """What the channels of the last map like; nothing learns but the student."""
 
-    card = Card(
-        "arXiv:1707.01219", 2017, ("feature",), taps=("stage3",), per_sample=True, zero_at_match=True
-    )
+    card = Card("arXiv:1707.01219", 2017, ("feature",), taps=("stage3",), per_sample=True, zero_at_match=True)
 
     def __init__(self, taps: Sequence[str] = ("stage3",)) -> None:
         super().__init__()

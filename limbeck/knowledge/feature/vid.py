@@ -1,15 +1,17 @@
 r"""Variational Information Distillation for Knowledge Transfer (Ahn et al.; CVPR 2019; arXiv:1904.05835).
 
-The student should hold what it takes to tell the teacher's map: a lower bound on their mutual information is
-raised, by a Gaussian $q(t \mid s)$ whose mean is a small network of the student's map $s$ and whose variance is
-learned for each channel of the teacher. Channels that cannot be told get a large variance, and are let go:
+The student should hold what it takes to tell the teacher's map: a lower bound on their mutual information
+is raised, by a Gaussian $q(t \mid s)$ whose mean is a small network of the student's map $s$ and whose
+variance is learned for each channel of the teacher. Channels that cannot be told get a large variance, and
+are let go:
 
 $$\sigma_c^2 = \log(1 + e^{\alpha_c}) + \epsilon, \qquad
   L = \sum_{\text{taps}} \tfrac12 \operatorname*{mean}_{b,\,c,\,h,\,w}
       \Big( \frac{(t - \mu(s))^2}{\sigma_c^2} + \log \sigma_c^2 \Big)$$
 
-It is $-\log q$ without its constant, so it may be negative, down to $\tfrac12 \log \epsilon$ a tap. For a given
-$\mu$ it is lowest where $\sigma_c^2$ is the channel's mean squared gap, and then is half its mean log.
+It is $-\log q$ without its constant, so it may be negative, down to $\tfrac12 \log \epsilon$ a tap. For a
+given $\mu$ it is lowest where $\sigma_c^2$ is the channel's mean squared gap, and then is half the mean of
+$1 + \log \sigma_c^2$.
 
 Weight: 1 in RepDistiller and mdistiller, which take this mean, at the end of each stage.
 
@@ -18,7 +20,7 @@ Departures from the paper:
 - $\mu$ is three 1x1 convolutions without bias, with ReLUs between, as wide as the teacher's map; variances
   begin at 5, and $\epsilon = 10^{-5}$. These are RepDistiller's, which had them from the authors, whose own
   repository is gone.
-- Only maps are compared; its terms on vectors (pooled features, logits) are left out.
+- Only maps are told; the paper tells vectors (pooled features, logits) too.
 - When grids differ, the larger map is averaged down to the smaller by adaptive pooling, as RepDistiller does.
 
 Departures from RepDistiller (`distiller_zoo/VID.py`): $\log(1 + e^\alpha)$ does not overflow, and gaps are
@@ -68,9 +70,9 @@ class Gaussian(nn.Module):
         over = variance - EPSILON
         self.alpha = nn.Parameter(torch.full((t,), over + math.log(-math.expm1(-over))))  # softplus undone
 
-    def variance(self) -> Float[Tensor, " c"]:
-        exact = torch.promote_types(self.alpha.dtype, torch.float32)
-        return F.softplus(self.alpha.to(exact)) + EPSILON
+    def forward(self, s: Float[Tensor, "b c_s h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " c"]]:
+        alpha = self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32))
+        return self.mean(s), F.softplus(alpha) + EPSILON
 
 
 class VID(Method):
@@ -85,9 +87,7 @@ class VID(Method):
         per_sample=True,
     )
 
-    def __init__(
-        self, variance: float = 5.0, taps: Sequence[str] = ("stage1", "stage2", "stage3")
-    ) -> None:
+    def __init__(self, variance: float = 5.0, taps: Sequence[str] = ("stage1", "stage2", "stage3")) -> None:
         super().__init__()
         if not EPSILON < variance < math.inf:
             raise Refused(
@@ -104,5 +104,6 @@ class VID(Method):
         losses = []
         for tap, gaussian in zip(self.taps, self.gaussians, strict=True):
             here, there = on_smaller_grid(s.at[tap], t.at[tap])
-            losses.append(vid(gaussian.mean(here), there, gaussian.variance()))
+            mean, variance = gaussian(here)
+            losses.append(vid(mean, there, variance))
         return torch.stack(losses).sum()

@@ -147,9 +147,7 @@ def test_places_may_be_renamed_for_both_but_not_for_one(c_s: int, c_t: int, grid
 
 
 @both_sides
-def test_never_negative_and_zero_for_the_same_distribution(
-    c_s: int, c_t: int, grid: tuple[int, int]
-) -> None:
+def test_never_negative_and_zero_for_the_same_distribution(c_s: int, c_t: int, grid: tuple[int, int]) -> None:
     t = pair(c_s, c_t, grid)[1]
     for s in (t, t.repeat(1, 2, 1, 1), 5 * t[:, torch.randperm(c_t)]):
         assert nst(s, t).abs() < 1e-15
