@@ -35,8 +35,9 @@ help:
 	@echo "make clean   remove caches and builds; $(VENV) and runs stay"
 	@echo "The environment is $(VENV) (VENV=...), made by $(PYTHON) (PYTHON=...)."
 
+# One thread: networks this small only lose by more.
 demo: $(READY)
-	$(VENV)/bin/limbeck board recipes/demo.toml
+	OMP_NUM_THREADS=1 $(VENV)/bin/limbeck board recipes/demo.toml
 
 test: $(READY)
 	$(PYTEST) -m "not slow" $(ARGS)

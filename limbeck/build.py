@@ -4,10 +4,11 @@ Order of assembly, everywhere: models → mean copies → taps → one eager dry
 device → optimisers.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Lab:
             view=_view(stage.view),
             taps=spec.taps if isinstance(spec, Net) else None,
             seed=self.seed,
+            called=stage.learns,
         )
         scheme: Scheme = registry.find("scheme", stage.scheme)(distiller)
         steps = stage.epochs * loader.steps
@@ -107,9 +109,12 @@ class Lab:
         """The network that learns; one made from another is made now, from what that is now."""
         made = stage.learner
         if isinstance(made, Made):
-            change = _copied if made.change == "copy" else registry.find("model", made.change)
+            origin = copy.deepcopy(
+                self.model(made.origin)
+            )  # whatever a change does, the origin stays as it is
             with forked(self.seed, "made", made.name):
-                self.models[made.name] = change(self.model(made.origin)).to(self.device)
+                change = registry.find("model", made.change) if made.change != "copy" else None
+                self.models[made.name] = (origin if change is None else change(origin)).to(self.device)
         return self.model(stage.learns)
 
     def model(self, name: str) -> nn.Module:
@@ -142,13 +147,19 @@ class Lab:
 def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
     """Load the data, make every network with weights fixed by (seed, name). Raises `Refused`."""
     seed = recipe.seed if seed is None else seed
-    splits: Splits = registry.find("data", recipe.data)()
+    splits: Splits = _ours(recipe.data) if ":" not in recipe.data else registry.find("data", recipe.data)()
     models = {
         name: _network(name, spec, splits.train, seed).to(device)
         for name, spec in recipe.models.items()
         if isinstance(spec, Net)
     }
     return Lab(recipe, seed, splits, registry.find("task", recipe.task)(), models, torch.device(device))
+
+
+@cache
+def _ours(name: str) -> Splits:
+    """A data set of ours, read once a process: rehearsals and a board's cells share it, nobody changes it."""
+    return registry.find("data", name)()
 
 
 def rehearse(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> None:
@@ -161,7 +172,7 @@ def rehearse(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> No
 
 def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:
     factory = registry.find("model", spec.name)
-    given = {"classes": len(data.classes), "channels": data.x.shape[1]}
+    given = {"classes": len(data.classes), "channels": data.x.shape[1], "size": data.x.shape[-1]}
     wanted = {k: v for k, v in given.items() if k in registry.knobs(factory)}
     with forked(seed, "model", name):
         try:
@@ -179,6 +190,8 @@ def _fit(model: nn.Module, weights: dict[str, torch.Tensor], called: str, source
     """Load weights, naming the first tensor that does not fit."""
     own = model.state_dict()
     for name, tensor in own.items():
+        if name not in weights and name.endswith(".num_batches_tracked"):
+            continue  # older files lack it, and torch counts from 0
         if name not in weights:
             raise Refused(f"{source} does not fit {called}: it lacks '{name}' {tuple(tensor.shape)}.")
         if weights[name].shape != tensor.shape:
@@ -212,12 +225,6 @@ def _lens(name: str) -> Lens:
 
 def _view(name: str | None) -> View | None:
     return None if name is None else registry.find("view", name)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)
 
 
 def _pace(stage: Stage, player: str, parameters: Any, steps: int) -> Pace:

@@ -109,14 +109,23 @@ class Engine:
             epoch, place = divmod(self.step, self.loader.steps)
             for batch in self.loader.epoch(epoch, place):
                 began = time.perf_counter()
-                reseed(
-                    self.device, self.seed, "step", self.stage, self.step
-                )  # dropout is alike in every arm and after a resume
+                # So that dropout is alike in every arm, and after a resume.
+                reseed(self.device, self.seed, "step", self.stage, self.step)
                 self._learn(_to(batch, self.device))
                 self.scheme.follow()
                 self.step += 1
                 self.seconds += time.perf_counter() - began
                 yield self._record(epoch) if self.step % self.loader.steps == 0 else None
+
+    def refuse_diverged(self) -> None:
+        """Refuse to go on from, or to save, a state in which a loss of this epoch was not finite."""
+        for name, total in self.sums.items():
+            if not torch.isfinite(total):
+                raise Refused(
+                    f"The loss '{name}' became {float(total)} by step {self.step} of stage {self.stage}; "
+                    "lower the "
+                    "learning rate or the loss's weight."
+                )
 
     def _learn(self, batch: Any) -> None:
         """All turns of one batch. Micro-batches go through the plan side by side, so that whoever learns
@@ -145,6 +154,7 @@ class Engine:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach() * share  # type: ignore[operator]
 
     def _record(self, epoch: int) -> Record:
+        self.refuse_diverged()
         losses = {name: float(total) / self.loader.steps for name, total in self.sums.items()}
         record = Record(self.stage, epoch, self.step, losses, seconds=self.seconds)
         self.sums, self.seconds = {}, 0.0

@@ -110,10 +110,10 @@ class Optim(Strict):
     lr: float = Field(0.1, gt=0, allow_inf_nan=False)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     milestones: list[float] = [0.625, 0.75, 0.875]  # of the stage: epochs 150, 180, 210 of 240
-    gamma: float = 0.1
+    gamma: float = Field(0.1, gt=0, allow_inf_nan=False)
 
 
 def _learner_kind(value: Any) -> str:
@@ -308,7 +308,10 @@ def _check_knobs(recipe: Recipe) -> None:
     for name, model in recipe.models.items():
         if isinstance(model, Net):
             _fit_knobs(
-                f"models.{name}", registry.find("model", model.name), model, given=("classes", "channels")
+                f"models.{name}",
+                registry.find("model", model.name),
+                model,
+                given=("classes", "channels", "size"),
             )
             if model.view:
                 registry.find("view", model.view)

@@ -55,7 +55,9 @@ def names(kind: str) -> dict[str, str]:
         if not _defines(path, parent, function or path.stem):
             continue
         module = ".".join(["limbeck", *path.relative_to(_HERE).with_suffix("").parts])
-        for name in importlib.import_module(module).MODELS if kind == "model" else [path.stem]:
+        # A recipe says "fashion-mnist"; Python's file must be called fashion_mnist.
+        stem = path.stem.replace("_", "-") if kind == "data" else path.stem
+        for name in importlib.import_module(module).MODELS if kind == "model" else [stem]:
             assert name not in found, f"two files are called {name}"
             found[name] = module
     return dict(sorted(found.items()))

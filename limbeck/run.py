@@ -121,6 +121,7 @@ class Run:
                     self._write_metrics()
                 yield self._moment(engine, record)
                 if self._stop or time.monotonic() - saved >= self.every:
+                    engine.refuse_diverged()
                     self._save(engine)
                     saved = time.monotonic()
                 if self._stop:

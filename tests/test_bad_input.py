@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_made_says_why(refuse: Refuse, place: Path) -> No
 
 def test_a_model_that_cannot_take_the_data_is_named(refuse: Refuse, place: Path) -> None:
     given(place, "widths = [4]", "widths = [4], channels = 3")
-    refuse("run|small.toml", "In stage 0: ", "student cannot be run on the example", "3 channels")
+    refuse("run|small.toml", "In stage 0: ", "teacher cannot be run on the example", "3 channels")
 
 
 def test_unknown_names_come_with_the_near_ones(refuse: Refuse) -> None:
@@ -277,7 +277,7 @@ def test_data_without_a_sample_is_refused(refuse: Refuse, place: Path) -> None:
 
 def test_data_of_another_shape_than_the_model_takes_is_refused(refuse: Refuse, place: Path) -> None:
     given(place, '"digits"', '"theirs:flat"')
-    refuse("run|small.toml", "In stage 0: ", "student")
+    refuse("run|small.toml", "In stage 0: ", "teacher")
 
 
 # --- folders and checkpoints ---

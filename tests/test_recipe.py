@@ -377,11 +377,11 @@ def test_a_learner_that_would_teach_itself_is_refused() -> None:
 
 
 def test_a_knob_that_has_no_default_must_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "needs_size.py").write_text("def net(classes: int, size: int) -> None: ...")
+    (tmp_path / "needs_length.py").write_text("def net(classes: int, length: int) -> None: ...")
     monkeypatch.syspath_prepend(tmp_path)
-    refuse("models.student='needs_size:net'", "models.student lacks `size`, which net needs")
+    refuse("models.student='needs_length:net'", "models.student lacks `length`, which net needs")
     assert (
-        parse(apply(content(), ["models.student={ name = 'needs_size:net', size = 3 }"]))
+        parse(apply(content(), ["models.student={ name = 'needs_length:net', length = 3 }"]))
         .models["student"]
         .knobs
     )

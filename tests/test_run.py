@@ -441,3 +441,11 @@ def test_a_run_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(Refused, match=r"2 processes.*without torchrun"):
         Run(plan(), tmp_path / "run")
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_run_and_ships_nothing(tmp_path: Path) -> None:
+    stages = [stage.model_dump(by_alias=True) for stage in plan().stages[:1]]
+    stages[0]["optim"] = {"student": {"lr": 1e30}}
+    with pytest.raises(Refused, match=r"The loss 'task' became .* lower the learning rate"):
+        finish(Run(plan(stages=stages), tmp_path / "run"))
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "run" / "result.json").exists()

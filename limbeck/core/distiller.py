@@ -67,6 +67,7 @@ class Distiller(nn.Module):
         view: what the student is shown instead of the batch (teachers own their views).
         taps: names for looks inside the student, as in `Tapped`.
         seed: fixes the initial weights of the methods' modules.
+        called: the student's name in what is refused.
 
     `forward` returns the named losses, their sum `loss` and the student's `logits`; in eval mode the
     student's output alone. A method with a rival learns in turns, so `forward` refuses to train it. Raises
@@ -85,6 +86,7 @@ class Distiller(nn.Module):
         view: View | None = None,
         taps: Mapping[str, str] | None = None,
         seed: int = 0,
+        called: str = "student",
     ) -> None:
         super().__init__()
         self.student = student
@@ -92,7 +94,7 @@ class Distiller(nn.Module):
         self.lenses = nn.ModuleList()
         self.task, self.task_weight = task.loss if isinstance(task, Task) else task, task_weight
         self.seed = seed
-        self._tapped = Tapped(student, taps, "student")
+        self._tapped = Tapped(student, taps, called)
         self._views: list[View | None] = [view]
         self._teachers: list[Teacher] = []
         self._uses: list[_Use] = []
@@ -246,7 +248,7 @@ class Distiller(nn.Module):
     def _dry_run(self, batch: Batch) -> Sight:
         """One eager look at the example, the student in train mode as it will be. Nothing of it stays."""
         to_work(self.student)
-        said = _said("The student", "be run on the example")
+        said = _said(f"The {self._tapped.called}", "be run on the example")
         with _unmoved(self.student), forked(self.seed, "dry run"), said:
             viewed = [batch if view is None else view(batch) for view in self._views]
             students = [(_as_leaves(self._tapped.check(b.x)), b) for b in viewed]

@@ -45,7 +45,7 @@ def reseed(device: torch.device, *parts: int | str) -> None:
 def keyed(lesson: Lesson, index: Int[Tensor, " b"], purpose: str, k: int = 1) -> Float[Tensor, "b {k}"]:
     """`k` uniform numbers in [0, 1) for each row, on the device of `index` (float32, 24 random bits)."""
     count = index.long()[:, None] * k + torch.arange(k, device=index.device)
-    z = count * _signed(_GOLDEN) + _signed(number(lesson.seed, lesson.epoch, purpose))
+    z = count * _signed(_GOLDEN) + _signed(number(lesson.seed, lesson.epoch, purpose, k))
     z = (z ^ _shift(z, 30)) * _signed(_MIX1)
     z = (z ^ _shift(z, 27)) * _signed(_MIX2)
     z = z ^ _shift(z, 31)

@@ -94,7 +94,8 @@ class Loader:
 
     Every epoch is a new permutation, cut into full batches; what is left over waits for another epoch. A set
     smaller than a batch is one batch. With `ranks` processes each takes its part of every batch, equal for
-    all. Rows 2i and 2i+1 of the permutation stay together, so that mixing views find their pair.
+    all. In an even batch rows 2i and 2i+1 of the permutation stay together, so that mixing views find their
+    pair.
     """
 
     def __init__(

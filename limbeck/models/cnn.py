@@ -4,7 +4,6 @@ linear head.
 The second and later stages halve the grid. Small enough for a laptop, and a fair pair at two widths.
 """
 
-import copy
 from collections.abc import Sequence
 
 from jaxtyping import Float
@@ -28,7 +27,7 @@ class CNN(nn.Module):
         )
         self.head = nn.Linear(widths[-1], classes)
         self.TAPS = {f"stage{n + 1}": f"stages.{n}" for n in range(len(widths))} | {"pooled": "head:in"}
-        self._width, self._depth = widths[-1], depth
+        self._widths, self._depth = tuple(widths), depth
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         for stage in self.stages:
@@ -38,14 +37,11 @@ class CNN(nn.Module):
     def tail(self, i: int) -> nn.Module:
         """A fresh copy of what follows stage i (counted from 0), ending at the final grid and width; after
         the last, one more stage."""
-        follows = copy.deepcopy(self.stages[i + 1 :]) or [
-            _stage(self._width, self._width, self._depth, stride=1)
-        ]
-        tail = nn.Sequential(*follows)
-        for module in tail.modules():
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-                module.reset_parameters()
-        return tail
+        widths, last = self._widths, len(self._widths) - 1
+        if i == last:
+            return _stage(widths[last], widths[last], self._depth, stride=1).to(self.head.weight)
+        pairs = zip(widths[i:], widths[i + 1 :], strict=False)
+        return nn.Sequential(*(_stage(a, b, self._depth, stride=2) for a, b in pairs)).to(self.head.weight)
 
 
 def _stage(inputs: int, outputs: int, depth: int, stride: int) -> nn.Sequential:

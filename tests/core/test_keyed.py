@@ -69,7 +69,7 @@ def test_a_large_index_is_hashed_like_a_small_one() -> None:
 
 def test_three_draws_are_pinned() -> None:
     draws = keyed(Lesson(seed=7, epoch=3), torch.tensor([0, 41, 2**33]), "flip", 1)[:, 0] * 2**24
-    assert draws.tolist() == [13668461.0, 1166375.0, 15639796.0]
+    assert draws.tolist() == [15491698.0, 16049922.0, 12363436.0]
 
 
 def test_numbers_are_pinned_and_fit_a_seed() -> None:

@@ -63,3 +63,10 @@ def test_a_tail_is_fresh_and_its_own() -> None:
     assert len(norms) == 4 and all(torch.equal(v, torch.ones_like(v)) for v in norms)
     assert all(v.sum() == 0 for name, v in fresh.items() if name.endswith(("bias", "running_mean")))
     assert all(p.requires_grad for p in tail.parameters())
+
+
+def test_a_tail_learns_even_where_the_network_is_frozen() -> None:
+    frozen = cnn().requires_grad_(False).eval().double()
+    for i in range(3):
+        tail = frozen.tail(i)
+        assert tail.training and all(p.requires_grad and p.dtype == torch.float64 for p in tail.parameters())
