@@ -181,7 +181,7 @@ class CRD(Method):
             found = row.logsumexp(0) + math.log(len(bank) / len(row))
             log_z = torch.where(log_z.isinf(), found, log_z)
             log_noise = log_z + math.log(self.negatives / len(bank))
-            slope, loss = torch.func.grad_and_value(nce)(scores, times, log_noise)
+            loss, slope = nce(scores, times, log_noise), _slope(scores, times, log_noise)
             slopes = torch.zeros_like(anchor[:, :1]).repeat(1, len(bank)).scatter_add_(1, pairs, slope)
             grad = slopes @ bank / self.temperature
         return loss + ((anchor - anchor.detach()) * grad).sum(), log_z  # adds 0, and the gradient
@@ -195,6 +195,15 @@ class CRD(Method):
             for bank, seen in ((self.bank_s, s), (self.bank_t, t)):
                 moved = torch.lerp(same @ across.gather(seen), bank[rows].to(seen.dtype), self.momentum)
                 bank[rows] = unit(moved).to(bank.dtype)
+
+
+def _slope(
+    scores: Float[Tensor, "b pairs"], times: Float[Tensor, "#b pairs"], log_noise: Float[Tensor, ""]
+) -> Float[Tensor, "b pairs"]:
+    r"""The gradient of `nce` in the scores: $h - 1$ for the match, $h$ for the others."""
+    slope = times * torch.sigmoid(scores - log_noise)
+    slope[:, 0] -= 1
+    return slope / len(scores)
 
 
 def _projected(project: nn.Linear, x: Tensor) -> Tensor:
