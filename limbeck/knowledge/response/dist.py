@@ -19,9 +19,9 @@ Departures from the paper:
 Departures from the official code, all for the sake of numbers:
 - $1 - \rho$ is a squared distance: no cancellation near a match, where it is 0.
 - There 1e-8 beside the product of norms makes rare classes seem uncorrelated, at a match too. Correlation
-  does not see scale: here each class is measured by its highest probability in the batch, so none is too rare.
-- A row or class that does not vary, up to rounding, has no direction ($\hat u = 0$). It adds ½, or nothing if
-  it varies in neither network, where there it adds 1; no gradient, here or there.
+  does not see scale: here a class is measured by its highest probability in the batch, and none is too rare.
+- A row or class that does not vary, up to rounding, has no direction ($\hat u = 0$): it adds ½, or nothing if
+  it varies in neither network, and passes no gradient. There it adds 1, with a gradient in the thousands.
 - With several processes the rows are those of all of them.
 - Dense logits (`b k h w`) are many rows, as in its code for segmentation.
 

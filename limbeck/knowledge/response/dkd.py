@@ -10,19 +10,19 @@ $$\mathrm{TCKD} = T^2\, \mathrm{KL}\big((p_{t,y}, 1 - p_{t,y}) \,\Vert\, (p_{s,y
 $$L = \operatorname*{mean}_b \big(\alpha\, \mathrm{TCKD} + \beta\, \mathrm{NCKD}\big), \qquad
   \mathrm{KD} = \mathrm{TCKD} + (1 - p_{t,y})\, \mathrm{NCKD}$$
 
-Knobs and weights are mdistiller's (`distillers/DKD.py`, the official code), with term and task both of weight
-1: $\alpha = 1$, $T = 4$, and a $\beta$ that depends on the pair. For CIFAR-100 it is 8 for 32x4 → 8x4 and
-unlike networks (the default), 6 for VGG and WRN, 2 for ResNet-56 → 20 and 110 → 32; for ImageNet
-$\beta = 0.5$ at $T = 1$ (the authors' advice: smaller for surer teachers).
+Knobs and weights are those of mdistiller (`distillers/DKD.py`, the official code), term and task both of
+weight 1: $\alpha = 1$, $T = 4$, and a $\beta$ that depends on the pair. For CIFAR-100 it is 8 (the default),
+but 6 for VGG-13 → VGG-8 or MobileNetV2 and for WRN-40-2 → 16-2 or 40-1, and 2 for ResNet-56 → 20 and
+110 → 32. For ImageNet $T = 1$, with $\beta = 0.5$ for ResNet-34 → 18 and 2 for ResNet-50 → MobileNetV1.
 
-The warm-up of the official code, $\min(\text{epoch}/20, 1)$ with epochs from 1, belongs to the term:
+Its warm-up on CIFAR-100, $\min(\text{epoch}/20, 1)$ with epochs from 1, belongs to the term:
 `ramp = { epochs = 20 }`.
 
 Departures from paper and official code:
 - Rows without a label are skipped; the mean is over the labelled rows of all processes.
-- The others are picked, not masked: the official code subtracts 1000 from the labelled logit, which float16
-  cannot do and a logit of 3000 survives. $p_y$ and $1 - p_y$ are taken as logarithms, from two logits: there
-  the probabilities are computed first, and a certain network's $\log 0$ is not finite.
+- The others are picked, not masked: the official code subtracts 1000 from the labelled logit, which logits
+  in the thousands survive. $p_y$ and $1 - p_y$ are taken as logarithms, from two logits: there the
+  probabilities come first, and the $\log 0$ of a network that is certain is not finite.
 - Dense logits (`b k h w`) with dense labels (`b h w`) are many rows.
 
 Of two classes there is but one other: NCKD is 0, and TCKD is all of KD.
@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from limbeck.core import across
-from limbeck.core.batch import Batch
+from limbeck.core.batch import Batch, Lesson
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
@@ -52,7 +52,8 @@ def dkd(
     temperature: float = 4.0,
 ) -> Float[Tensor, ""]:
     """The mean of `decoupled` over the rows that carry a label. Gradient passes to both."""
-    return across.labelled_mean(decoupled(s, t, y, alpha, beta, temperature), Batch(s, y))
+    rows = decoupled(s, t, y, alpha, beta, temperature)
+    return across.labelled_mean(rows, Batch(s, y, lesson=Lesson()))  # dynamo cannot take the default lesson
 
 
 def decoupled(

@@ -10,14 +10,14 @@ multiplies by $T^2$: the official code (sunshangquan/logit-standardization-KD, `
 `loss_kd *= temperature**2` with that $T$, and nothing for the deviation. So the factor of this lens is 1.
 
 A term of KD: `{ method = "kd", temperature = 2, weight = 9, through = ["logit_standard"] }` with
-`task_weight = 0.1`; base temperatures 2 to 4 and weights 6 to 18 by pair. DKD: the same weight on the term,
-with its own $\alpha$ and $\beta$, `temperature = 2` and `task_weight = 1`.
+`task_weight = 0.1`; the official logs have base temperatures from 2 to 4 and weights from 1 to 18, by pair.
+DKD: such a weight on the term, with its own $\alpha$ and $\beta$, and `task_weight = 1`.
 
 As in the official code the deviation is over $k - 1$, and gradient passes through mean and deviation.
 
 Departures from paper and official code:
 - A row of equal logits, up to rounding, stays flat and passes no gradient. There a head that begins at zero
-  has its gradient multiplied by 1e7, and rounding errors become logits of deviation 1.
+  has its gradient multiplied by 1e7, and the rounding errors of a mean become logits of almost 1.
 - Dense logits (`b k h w`) are standardised at each position, over the classes.
 """
 
@@ -47,7 +47,7 @@ def standard(z: Float[Tensor, "b k *rest"]) -> Float[Tensor, "b k *rest"]:
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     apart = z - z.mean(1, keepdim=True)
     variance = apart.square().sum(1, keepdim=True) / (z.shape[1] - 1)
-    rounding = 8 * torch.finfo(z.dtype).eps * z.detach().abs().amax(1, keepdim=True)
+    rounding = 8 * torch.finfo(z.dtype).eps * z.detach().amax(1, keepdim=True)
     differs = variance > rounding.square()
     deviation = torch.where(differs, variance, 1.0).sqrt()  # at 0 sqrt has no gradient
     return torch.where(differs, apart / (deviation + 1e-7), 0.0)

@@ -8,8 +8,8 @@ $$L = \operatorname*{mean}_b \Big( -\,p_{t,y} \log p_{s,y}
     \;-\; \gamma\, T^2 \sum_{i \ne y} \hat p_{t,i} \log \hat p_{s,i} \Big), \qquad
   \hat p_i = \frac{e^{z_i/T}}{\sum_{j \ne y} e^{z_j/T}}$$
 
-with $p_y$ at temperature 1, whatever $T$ is. Both terms are cross-entropies: their least value is not 0, and
-the first still pulls when the student says what its teacher says.
+with $p_y$ at temperature 1, whatever $T$ is. Both terms are cross-entropies: where the student says what its
+teacher says they are not 0, and the first still pulls.
 
 Knobs and weights are the official code's (yzd-v/cls_KD), where the loss stands beside the whole cross-entropy
 with the label, both of weight 1: $\gamma = 1.5$, $T = 1$ for ImageNet (the defaults), $\gamma = 3.5$, $T = 3$
@@ -19,7 +19,7 @@ Departures from paper and official code:
 - Rows without a label are skipped; the mean is over the labelled rows of all processes.
 - Dense logits (`b k h w`) with dense labels (`b h w`) are many rows. A soft label is refused; there its
   largest entry is taken.
-- Some releases of the code (cls_KD#16, mended in October 2023) leave class $y$ among the others.
+- Some releases of the code (cls_KD#16, of October 2023) leave class $y$ among the others.
 
 Of two classes there is but one other, and the second term is 0.
 """
@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from limbeck.core import across
-from limbeck.core.batch import Batch
+from limbeck.core.batch import Batch, Lesson
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
@@ -46,7 +46,8 @@ def nkd(
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
     """The mean of `normalised` over the rows that carry a label. Gradient passes to both."""
-    return across.labelled_mean(normalised(s, t, y, gamma, temperature), Batch(s, y))
+    rows = normalised(s, t, y, gamma, temperature)
+    return across.labelled_mean(rows, Batch(s, y, lesson=Lesson()))  # dynamo cannot take the default lesson
 
 
 def normalised(
@@ -63,7 +64,7 @@ def normalised(
 
 
 class NKD(Method):
-    """The teacher's answer for labelled rows: its belief in the label, and what share each other class has."""
+    """The teacher's answer for labelled rows: its belief in the label, and the shares of the others."""
 
     card = Card(
         "arXiv:2303.13005",

@@ -348,7 +348,9 @@ def test_teaches_a_student_through_the_distiller():
     assert all(p.grad is None for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("b", [2, 8, 64, 70])
+# Dynamo itself makes an autograd.Function's context, and torch warns that nobody should.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("b", [2, 8, 64, 96])
 def test_compiles_whole(b):
     batch, method = Batch(rows(b, 1)), RKD()
     s, t = rows(b, 6, dtype=torch.float32).requires_grad_(), rows(b, 4, seed=1, dtype=torch.float32)

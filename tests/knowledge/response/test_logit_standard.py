@@ -94,10 +94,9 @@ def test_the_slope_passes_through_mean_and_deviation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value", [0.0, 7.3, -1e4])
+@pytest.mark.parametrize("value", [0.0, 0.7, -1e4])
 def test_a_row_of_equal_logits_stays_flat_and_passes_no_gradient(dtype: torch.dtype, value: float) -> None:
-    """A head that begins at zero. The official code multiplies its gradient by 1e7, or its rounding errors
-    by whatever makes their deviation 1."""
+    """A head that begins at zero. The official code multiplies its gradient and rounding errors by 1e7."""
     s = torch.full((3, 10), value, dtype=dtype)
     s[1] = logits(10).to(dtype)
     s.requires_grad_()

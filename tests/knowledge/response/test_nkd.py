@@ -141,6 +141,12 @@ def test_gradcheck_in_both_arguments() -> None:
     assert torch.autograd.gradcheck(lambda s, t: nkd(s, t, y, 0.7, 2.0), (s, t))
 
 
+def test_a_step_of_your_own_may_compile_it() -> None:
+    s, t = logits(5, 7), logits(5, 7, seed=1)
+    compiled = torch.compile(nkd, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(s, t, LABELS), nkd(s, t, LABELS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [3.0, 3000.0])
 def test_no_precision_and_no_certainty_breaks_it(dtype: torch.dtype, scale: float) -> None:
