@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class CNN(nn.Module):
     """Args: classes and channels of the data; widths, one per stage; depth, convolutions a stage.
 
-    Taps: `stage1` … `stageN` (b c h w, after the ReLU) and `pooled` (b c), what the head reads.
+    Taps: `stage1` … `stageN` (b c h w, after the ReLU), `stage1_pre` … (what that ReLU is given) and `pooled`
+    (b c), what the head reads.
     """
 
     def __init__(
@@ -26,7 +27,11 @@ class CNN(nn.Module):
             for n, (a, b) in enumerate(zip(inputs, widths, strict=True))
         )
         self.head = nn.Linear(widths[-1], classes)
-        self.TAPS = {f"stage{n + 1}": f"stages.{n}" for n in range(len(widths))} | {"pooled": "head:in"}
+        self.TAPS = {
+            **{f"stage{n + 1}": f"stages.{n}" for n in range(len(widths))},
+            **{f"stage{n + 1}_pre": f"stages.{n}.{3 * depth - 2}" for n in range(len(widths))},
+            "pooled": "head:in",
+        }
         self._widths, self._depth = tuple(widths), depth
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:

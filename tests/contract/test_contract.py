@@ -41,9 +41,13 @@ CLASSES, ROWS = 5, 12
 
 
 class CNN(nn.Module):
-    """Three stages that show maps; `stride` is the first one's."""
+    """Three stages that show maps, also in front of their ReLU; `stride` is the first one's."""
 
-    TAPS = {"stage1": "stages.0", "stage2": "stages.1", "stage3": "stages.2", "pooled": "head:in"}  # noqa: RUF012
+    TAPS = {  # noqa: RUF012
+        **{f"stage{n + 1}": f"stages.{n}" for n in range(3)},
+        **{f"stage{n + 1}_pre": f"stages.{n}.1" for n in range(3)},
+        "pooled": "head:in",
+    }
 
     def __init__(self, widths: tuple[int, int, int], stride: int, dropout: float) -> None:
         super().__init__()
@@ -74,7 +78,11 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Three blocks that show tokens."""
 
-    TAPS = {"stage1": "blocks.0", "stage2": "blocks.1", "stage3": "blocks.2", "pooled": "head:in"}  # noqa: RUF012
+    TAPS = {  # noqa: RUF012
+        **{f"stage{n + 1}": f"blocks.{n}" for n in range(3)},
+        **{f"stage{n + 1}_pre": f"blocks.{n}" for n in range(3)},  # a block ends in a sum, not in a ReLU
+        "pooled": "head:in",
+    }
 
     def __init__(self, width: int, patch: int, dropout: float) -> None:
         super().__init__()

@@ -28,9 +28,10 @@ def test_every_tap_shows_its_stage_and_the_pooled_one_what_the_head_reads() -> N
     tapped = Tapped(model)
     tapped.look(model.TAPS)
     seen = tapped.check(X)
-    assert list(seen.at) == ["stage1", "stage2", "stage3", "pooled"]
-    shapes = [tuple(v.shape[1:]) for v in seen.at.values()]
-    assert shapes == [(4, 12, 12), (6, 6, 6), (10, 3, 3), (10,)]
+    grids = {"stage1": (4, 12, 12), "stage2": (6, 6, 6), "stage3": (10, 3, 3)}
+    before = {f"{name}_pre": shape for name, shape in grids.items()}
+    assert {n: tuple(v.shape[1:]) for n, v in seen.at.items()} == grids | before | {"pooled": (10,)}
+    assert all(torch.equal(seen.at[f"{name}_pre"].relu(), seen.at[name]) for name in grids)
     assert all(float(seen.at[f"stage{n}"].detach().min()) == 0 for n in (1, 2, 3))  # after the ReLU
     assert torch.allclose(seen.at["pooled"], seen.at["stage3"].mean((2, 3)))
     assert torch.equal(model.head(seen.at["pooled"]), seen.out)

@@ -17,15 +17,16 @@ $$m = \operatorname{E}\big[x \mid x < 0,\ x \sim \mathcal N(\beta, \gamma^2)\big
 A tap shows what a ReLU is about to cut, `stage1_pre` in the tables of our models. Its BatchNorm is the
 tapped module itself, or the only one in it. A sum (the last block of a residual stage) has none of its own;
 then the teacher's table says which it is (`stage1_pre_norm`), or the knob `norms` does. The official code
-takes the residual branch's last.
+takes the residual branch's last. Margins are read once; those of a mean teacher stay as they were at the
+start.
 
 Weights: the official code sums over channels and positions, and so do we; where channels double as the grid
 halves, $2^{l-n}$ makes all layers equal per element. Its $\alpha$ is 1e-3 on CIFAR-100, as is mdistiller's,
 and 1e-4 on ImageNet. It is the knob `scale`, so a term's weight of 1 is theirs.
 
 Departures from the paper:
-- Its teacher, and those of both codes, normalise by the batch's statistics, which was a little better for it
-  (Table 8) and moves the running ones. Here a teacher is in eval and nothing of it moves.
+- Its teacher, and those of both codes, normalise by the batch's statistics, which was a little better for
+  it (Table 8) and moves the running ones. Here a teacher is in eval and nothing of it moves.
 - From the official code: $m = -3 \lvert\gamma\rvert$ in a channel of which less than 0.001 is below 0.
 
 Departures from the official code (clovaai/overhaul-distillation):
@@ -45,6 +46,7 @@ from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
+from limbeck.pieces.maps import expect_maps
 
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
@@ -52,7 +54,7 @@ Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 def margins(beta: Float[Tensor, " c"], gamma: Float[Tensor, " c"]) -> Float[Tensor, " c"]:
     r"""What channels $\mathcal N(\beta, \gamma^2)$ are on average where they are below 0."""
     exact = torch.promote_types(beta.dtype, torch.float32)
-    beta, sigma = beta.to(exact), gamma.to(exact).abs().clamp(min=torch.finfo(exact).tiny)
+    beta, sigma = beta.to(exact), gamma.to(exact).abs()
     z = beta / sigma
     below = torch.special.ndtr(-z)
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
@@ -62,12 +64,11 @@ def margins(beta: Float[Tensor, " c"], gamma: Float[Tensor, " c"]) -> Float[Tens
 def partial_l2(
     s: Float[Tensor, "b c h w"], t: Float[Tensor, "b c h w"], margin: Float[Tensor, " c"]
 ) -> Float[Tensor, ""]:
-    """Squared gaps to the teacher or the margin, whichever is higher, where there is something to say; summed
-    over a row, averaged over rows."""
+    r"""$d(s, \sigma_m(t))$, summed over a row and averaged over rows."""
     exact = torch.promote_types(s.dtype, torch.float32)
     s, t = s.to(exact), t.to(exact).maximum(margin.to(exact)[:, None, None])
-    gap = torch.where((s > t) | (t > 0), s - t, 0.0)
-    return gap.square().sum() / len(s)
+    asked = (s > t) | (t > 0)
+    return (F.mse_loss(s, t, reduction="none") * asked).sum() / len(s)
 
 
 class Connector(nn.Module):
@@ -92,8 +93,8 @@ class Connector(nn.Module):
 class OFD(Method):
     """What the teacher's ReLUs let through, matched in front of them.
 
-    taps: from shallow to deep, in front of a ReLU. norms: for each, the teacher's BatchNorm that feeds it, by
-        path or by its name in the model's table; needed only where the tap is none and holds no single one.
+    taps: from shallow to deep, each in front of a ReLU. scale: the sum over layers is times this. norms: the
+        teacher's BatchNorm before each ReLU, by path or by name in its table; empty where the taps tell.
     """
 
     card = Card(
@@ -121,12 +122,11 @@ class OFD(Method):
         self.taps, self.scale, self.norms = tuple(taps), scale, tuple(norms)
 
     def build(self, s: Seen, t: Seen, batch: Batch) -> None:
+        expect_maps("ofd", self.taps, s, t)
         self.connectors = nn.ModuleList()
         for place, tap in enumerate(self.taps):
             here, there = s.at[tap].shape, t.at[tap].shape
             shown = f"tap '{tap}' shows {tuple(here)} in the student and {tuple(there)} in the teacher"
-            if len(here) != 4 or len(there) != 4:
-                raise Refused(f"Method 'ofd' compares maps (rows, channels, height, width), and {shown}.")
             if not (t.at[tap] < 0).any():
                 raise Refused(
                     f"Method 'ofd' compares layers in front of their ReLU, and {shown}, where nothing is "
@@ -136,7 +136,12 @@ class OFD(Method):
             self.connectors.append(Connector(here[1], _margins_of(norm)))
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
-        loss = torch.zeros(())
+        last = len(self.taps) - 1
+        losses = [
+            connector(s.at[tap], t.at[tap]) / 2 ** (last - place)
+            for place, (tap, connector) in enumerate(zip(self.taps, self.connectors, strict=True))
+        ]
+        return self.scale * torch.stack(losses).sum()
 
 
 def _norm_before(t: Seen, tap: str, name: str) -> Norm:
@@ -149,9 +154,9 @@ def _norm_before(t: Seen, tap: str, name: str) -> Norm:
     norms = [m for m in module.modules() if isinstance(m, Norm) and m.num_features == width]
     if len(norms) != 1:
         raise Refused(
-            f"Method 'ofd' takes its margins from the BatchNorm in front of a ReLU, and '{name or tap}' of the "
-            f"teacher is a {type(module).__name__} with {len(norms)} BatchNorms of {width} channels, expected "
-            "one; tap it, or name it in `norms`."
+            f"Method 'ofd' takes margins from the BatchNorm in front of a ReLU, and '{name or tap}' of the "
+            f"teacher is a {type(module).__name__} with {len(norms)} BatchNorms of {width} channels, "
+            "expected one; tap it, or name it in `norms`."
         )
     return norms[0]
 
