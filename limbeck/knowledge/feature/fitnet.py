@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
-from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
+from limbeck.pieces.maps import expect_maps
 
 
 def hint(s: Float[Tensor, "b c h w"], t: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
@@ -50,14 +50,8 @@ class FitNet(Method):
         self.tap = tap
 
     def build(self, s: Seen, t: Seen, batch: Batch) -> None:
-        here, there = s.at[self.tap].shape, t.at[self.tap].shape
-        if len(here) != 4 or len(there) != 4:
-            raise Refused(
-                f"Method 'fitnet' compares maps (rows, channels, height, width), and tap "
-                f"'{self.tap}' shows {tuple(here)} in the student and {tuple(there)} in the teacher; "
-                "tap a layer that shows a map in each."
-            )
-        self.project = nn.Conv2d(here[1], there[1], kernel_size=1)
+        expect_maps("fitnet", (self.tap,), s, t)
+        self.project = nn.Conv2d(s.at[self.tap].shape[1], t.at[self.tap].shape[1], kernel_size=1)
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
         there = t.at[self.tap]
