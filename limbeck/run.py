@@ -245,7 +245,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _fingerprint(plan: recipe.Recipe, seed: int) -> str:
-    return sha256(f"{plan.model_copy(update={'seed': seed}).as_json()}".encode()).hexdigest()
+    return sha256(plan.model_copy(update={"seed": seed}).as_json().encode()).hexdigest()
 
 
 def _first_stages(plan: recipe.Recipe, after: Path) -> list[recipe.Stage]:
