@@ -1,6 +1,6 @@
 """Keep a finished board: `python benchmarks/keep.py runs/NAME ARENA`.
 
-Writes benchmarks/results/ARENA/NAME.json: every score, seed and setting, the machine and the commit, without the curves.
+Writes benchmarks/results/ARENA/NAME.json: every score, seed and setting, the machine and the commit.
 """
 
 import json
