@@ -123,8 +123,7 @@ class Engine:
             if not torch.isfinite(total):
                 raise Refused(
                     f"The loss '{name}' became {float(total)} by step {self.step} of stage {self.stage}; "
-                    "lower the "
-                    "learning rate or the loss's weight."
+                    "lower the learning rate or the loss's weight."
                 )
 
     def _learn(self, batch: Any) -> None:
@@ -141,6 +140,9 @@ class Engine:
                 if player is None:
                     player = turn[0]
                     self.paces[player].optimiser.zero_grad(set_to_none=True)
+                assert turn[0] == player, (
+                    f"the turn of {turn[0]} in one micro-batch and of {player} in another"
+                )
                 self._backward(player, turn[1], share)
             if player is None:
                 return

@@ -35,8 +35,8 @@ SHA256 = {
 FORMS = [list(SHA256)[:4], list(SHA256)[4:]]  # packed, or unpacked
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 GET = (
-    f"install Debian's package dataset-fashion-mnist, or put {', '.join(FORMS[0])} (or the same unpacked) in "
-    "a folder fashion-mnist and set LIMBECK_DATA to the folder above it"
+    f"install Debian's package dataset-fashion-mnist, or put {', '.join(FORMS[0])} (or the same unpacked) "
+    "in a folder fashion-mnist and set LIMBECK_DATA to the folder above it"
 )
 
 

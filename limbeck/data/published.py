@@ -60,8 +60,8 @@ def read(path: Path, pinned: dict[str, str]) -> bytes:
     found, expected = sha256(content).hexdigest(), pinned[path.name]
     if found != expected:
         raise Refused(
-            f"{path} is not the published file: its {len(content):,} bytes have the sha256 {found}, expected "
-            f"{expected}; it was cut short, damaged or changed, so get it again."
+            f"{path} is not the published file: its {len(content):,} bytes have the sha256 {found}, "
+            f"expected {expected}; it was cut short, damaged or changed, so get it again."
         )
     return content
 
