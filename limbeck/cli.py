@@ -153,7 +153,7 @@ def _go(work: "Run") -> None:
         for moment in _until_stopped(work.moments()):
             bar.update(line, completed=moment.done, description=_place(moment))
             if moment.record is not None:
-                bar.console.print(_record(moment), highlight=False)
+                bar.console.print(_record(moment), markup=False, highlight=False, soft_wrap=True)
     result = work.result
     assert result is not None
     _print(
@@ -172,7 +172,7 @@ def _watch_board(table: "Board") -> None:
             if moment is None:
                 scores = _scores(table.scores(cell))
                 done = f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: {scores}"
-                bar.console.print(done, markup=False, highlight=False)
+                bar.console.print(done, markup=False, highlight=False, soft_wrap=True)
 
 
 class _stoppable:

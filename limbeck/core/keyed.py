@@ -2,7 +2,7 @@
 
 So a draw does not depend on the batch a sample fell into, on the worker, the process or on how often we
 resumed; and two views that name the same purpose see the same number. A `torch.Generator` per sample would
-cost 7.6 µs a draw; here a whole batch is hashed at once.
+have to be made and seeded for every draw; here a whole batch is hashed at once.
 """
 
 from collections.abc import Iterator
