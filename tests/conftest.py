@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # "bit for bit" holds at equal thread count; child processes inherit it
 
+os.environ["LIMBECK_OFFLINE"] = "1"  # nothing is downloaded
+
 import jaxtyping
 import torch
 

@@ -14,7 +14,7 @@ import torch
 
 from limbeck.data.cifar_files import parts
 from limbeck.data.loader import Data, Splits
-from limbeck.data.published import find, split
+from limbeck.data.published import Online, find
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of all 50,000 training images, in 0 … 1
@@ -34,6 +34,7 @@ SHA256 = {
     "train_10k.npz": "29044a876b3ed524e552d80197da44ca59290d43a56782ba44ae63dcf78c0e0a",
     "test_5k.npz": "9858651214053def341f2374ad6d8c4a6a26c7f0d90cfff5af561436339b77d4",
 }
+ONLINE = Online(["https://www.cs.toronto.edu/~kriz/"], {ARCHIVE: SHA256[ARCHIVE]}, 170.1)
 GET = (
     f"put {ARCHIVE} from https://www.cs.toronto.edu/~kriz/cifar.html, its folder {FOLDER}, or "
     f"{' and '.join(PART)} in a folder cifar10 and set LIMBECK_DATA to the folder above it"
@@ -42,8 +43,8 @@ GET = (
 
 def load(root: Path | None = None) -> Splits:
     """45,000 training, 5,000 validation and 10,000 test images; of the part 9,000, 1,000 and 5,000. Looks in
-    `root`; without it in cifar10/ under LIMBECK_DATA."""
-    files = find("CIFAR-10", "cifar10", [[ARCHIVE], INSIDE, BINARY, PART], GET, root)
+    `root`; without it in cifar10/ under LIMBECK_DATA and in the user's cache, or else fetches the set."""
+    files = find("CIFAR-10", "cifar10", [[ARCHIVE], INSIDE, BINARY, PART], GET, ONLINE, root)
     *some, last = parts(files, SHA256, INSIDE, label_bytes=1, classes=len(CLASSES))
     if files[0].name == PART[0]:
         warnings.warn(
@@ -54,4 +55,4 @@ def load(root: Path | None = None) -> Splits:
     x, y = zip(*some, strict=True)
     whole = Data(torch.cat(x), torch.cat(y), CLASSES, 1 / 255, MEAN, STD)
     test = Data(*last, CLASSES, 1 / 255, MEAN, STD)
-    return Splits(*split(whole, 10, "cifar10"), test)
+    return Splits(*whole.split(1 / 10, "cifar10"), test)

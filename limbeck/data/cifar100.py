@@ -12,7 +12,7 @@ import torch
 
 from limbeck.data.cifar_files import parts
 from limbeck.data.loader import Data, Splits
-from limbeck.data.published import find, split
+from limbeck.data.published import Online, find
 
 NAMES = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
@@ -42,6 +42,7 @@ SHA256 = {
     "train_4.npz": "b01fa114f5fe1600bb8e7d543f0cfb83a40033c93f1ba028fa93edbda0a764b2",
     "test.npz": "8e21b2826f12b2ec154ee276ca3c293f6cec345988f585354020d1a155355631",
 }
+ONLINE = Online(["https://www.cs.toronto.edu/~kriz/"], {ARCHIVE: SHA256[ARCHIVE]}, 168.5)
 GET = (
     f"put {ARCHIVE} from https://www.cs.toronto.edu/~kriz/cifar.html, its folder {FOLDER}, or "
     f"{', '.join(ARRAYS)} in a folder cifar100 and set LIMBECK_DATA to the folder above it"
@@ -50,10 +51,10 @@ GET = (
 
 def load(root: Path | None = None) -> Splits:
     """45,000 training, 5,000 validation and 10,000 test images. Looks in `root`; without it in cifar100/
-    under LIMBECK_DATA."""
-    files = find("CIFAR-100", "cifar100", [[ARCHIVE], INSIDE, BINARY, ARRAYS], GET, root)
+    under LIMBECK_DATA and in the user's cache, or else fetches the set."""
+    files = find("CIFAR-100", "cifar100", [[ARCHIVE], INSIDE, BINARY, ARRAYS], GET, ONLINE, root)
     *some, last = parts(files, SHA256, INSIDE, label_bytes=2, classes=len(CLASSES))
     x, y = zip(*some, strict=True)
     whole = Data(torch.cat(x), torch.cat(y), CLASSES, 1 / 255, MEAN, STD)
     test = Data(*last, CLASSES, 1 / 255, MEAN, STD)
-    return Splits(*split(whole, 10, "cifar100"), test)
+    return Splits(*whole.split(1 / 10, "cifar100"), test)

@@ -1,13 +1,13 @@
 """Data in memory, and the batches drawn from it in an order fixed by (seed, epoch)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from limbeck.core.batch import IGNORE, Batch, Lesson
+from limbeck.core.batch import IGNORE, Batch, Lesson, View
 from limbeck.core.keyed import generator, number
 from limbeck.core.refused import Refused
 
@@ -55,9 +55,52 @@ class Data:
         return len(self.x)
 
     def rows(self, index: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
-        x = self.x[index].float() * self.scale
+        return self.to_float(self.x[index]), self.y[index]
+
+    def to_float(self, x: Tensor) -> Tensor:
+        """Rows of `x` as models see them, float32."""
+        x = x.float() * self.scale
         mean, std = (torch.as_tensor(v).reshape(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.std))
-        return (x - mean) / std, self.y[index]
+        return (x - mean) / std
+
+    def standardised(self) -> "Data":
+        """The same samples, which must be uint8; `mean` and `std` are now those of each of their channels,
+        counted exactly. A channel that is all one value is only centred."""
+        value = torch.arange(256, dtype=torch.float64) * self.scale
+        counts = [torch.bincount(channel.flatten(), minlength=256) for channel in self.x.unbind(1)]
+        share = torch.stack(counts).double() / self.x[:, 0].numel()
+        mean = share @ value
+        std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
+        std[std == 0] = 1
+        return replace(self, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+    def split(self, share: float, name: str) -> tuple["Data", "Data"]:
+        """The rest, and `share` (0 … 1) of every class, drawn by `name` and by nothing else. The rest keeps
+        at least one sample of each class, and those without a label."""
+        if not 0 < share < 1:
+            raise Refused(
+                f"A validation split of {share} was asked for, expected a share between 0 and 1; try 0.1."
+            )
+        order = torch.randperm(len(self), generator=generator(name, "validation split"))
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        for label in range(len(self.classes)):
+            rows = order[self.y[order] == label]
+            chosen[rows[: min(round(share * len(rows)), len(rows) - 1)]] = True
+        if (found := int(chosen.sum())) < len(self.classes):
+            raise Refused(
+                f"A validation split of {share} takes {found} of {len(self):,} samples, fewer than the "
+                f"{len(self.classes)} classes; ask for a larger share, or bring more labelled samples."
+            )
+        rest, drawn = (replace(self, x=self.x[kept], y=self.y[kept]) for kept in (~chosen, chosen))
+        return rest, drawn
+
+    def renormalised(
+        self, mean: float | Sequence[float], std: float | Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """(mean, std) that turn this data's normalised values into those of a network that was trained under
+        `mean` and `std`, both of values in the units of `x * scale`."""
+        m, s, mine, spread = (torch.as_tensor(v) for v in (mean, std, self.mean, self.std))
+        return (m - mine) / spread, s / spread
 
     def with_labels(self, budget: int, seed: int) -> "Data":
         """The same samples, with labels kept for `budget` of them: as equal a number of each class as can be,
@@ -81,11 +124,44 @@ class Data:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set: what is learned from, what choices are made on, and what is looked at once."""
+    """A data set: what is learned from, what choices are made on, and what is looked at once.
+
+    unseen: a second thing to look at once, rows of classes that are in none of the others.
+    """
 
     train: Data
     valid: Data
     test: Data
+    unseen: Data | None = None
+
+    def __post_init__(self) -> None:
+        for called, part in (("validation", self.valid), ("test", self.test), ("unseen", self.unseen)):
+            if part is not None and part.x.shape[1:] != self.train.x.shape[1:]:
+                raise Refused(
+                    f"A sample of the {called} data has shape {tuple(part.x.shape[1:])}, expected "
+                    f"{tuple(self.train.x.shape[1:])}, the shape of the training data's; bring both to one."
+                )
+        if len(self.valid) < len(self.valid.classes):
+            raise Refused(
+                f"The validation data has {len(self.valid)} samples, fewer than its "
+                f"{len(self.valid.classes)} classes; bring at least one of each."
+            )
+
+    def with_validation(self, share: float, name: str = "") -> "Splits":
+        """The same test part, and another validation part: `share` (0 … 1) of every class of all the other
+        samples, drawn by `name` (the data set's) and by nothing else."""
+        if _kept(self.train) != _kept(self.valid):
+            raise Refused(
+                "The training and the validation data differ in classes, dtype, scale, mean or std, so no "
+                "validation split can be drawn from both; bring them alike, or leave `valid` out."
+            )
+        x, y = torch.cat([self.train.x, self.valid.x]), torch.cat([self.train.y, self.valid.y])
+        train, valid = replace(self.train, x=x, y=y).split(share, name)
+        return replace(self, train=train, valid=valid)
+
+
+def _kept(data: Data) -> tuple[object, ...]:
+    return data.classes, data.x.dtype, data.scale, data.mean, data.std
 
 
 class Loader:
@@ -96,10 +172,25 @@ class Loader:
     smaller than a batch is one batch. With `ranks` processes each takes its part of every batch, equal for
     all. In an even batch rows 2i and 2i+1 of the permutation stay together, so that mixing views find their
     pair.
+
+    With `per_class` a batch is so many rows of each of `batch / per_class` classes, drawn anew for each
+    batch; unlabelled rows are not drawn. In an epoch, which has the same number of steps, a class gives all
+    its groups of rows before it is shuffled anew. A group stays on one rank.
+
+    `augment` are views of a batch whose x is still as small as it is kept; `once` goes without.
     """
 
     def __init__(
-        self, data: Data, batch: int, *, seed: int, epochs: int = 1, rank: int = 0, ranks: int = 1
+        self,
+        data: Data,
+        batch: int,
+        *,
+        seed: int,
+        epochs: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        per_class: int | None = None,
+        augment: Sequence[View] = (),
     ) -> None:
         least = 2 * ranks if ranks > 1 else 1  # rows for each process, in pairs
         if batch < 1 or batch % least:
@@ -114,7 +205,10 @@ class Loader:
         self.data, self.seed, self.epochs = data, seed, epochs
         self.batch = min(batch, len(data) - len(data) % least)
         self.rank, self.ranks = rank, ranks
+        self.augment = tuple(augment)
         self.steps = len(data) // self.batch
+        self.per_class = per_class
+        self._members = None if per_class is None else _members(data, batch, ranks, per_class)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from step `start` of it."""
@@ -130,16 +224,18 @@ class Loader:
         order = self._order(lesson.seed, epoch)
         share = self.batch // self.ranks
         first = place * self.batch + self.rank * share
-        return self.rows(order[first : first + share], lesson)
+        return self.rows(order[first : first + share], lesson, self.augment)
 
     def once(self, batch: int) -> Iterator[Batch]:
         """Every row once, in order: for evaluation."""
         for index in torch.arange(len(self.data)).split(batch):
             yield self.rows(index, self.lesson(0, 0))
 
-    def rows(self, index: Int[Tensor, " b"], lesson: Lesson) -> Batch:
-        x, y = self.data.rows(index)
-        return Batch(x, y, index, lesson)
+    def rows(self, index: Int[Tensor, " b"], lesson: Lesson, augment: Sequence[View] = ()) -> Batch:
+        batch = Batch(self.data.x[index], self.data.y[index], index, lesson)
+        for view in augment:
+            batch = view(batch)
+        return batch.replace(x=self.data.to_float(batch.x))
 
     def lesson(self, epoch: int, step: int) -> Lesson:
         return Lesson(
@@ -149,8 +245,47 @@ class Loader:
     def _order(self, seed: int, epoch: int) -> Int[Tensor, " n"]:
         key = (seed, epoch)
         if getattr(self, "_shuffled", (None,))[0] != key:
-            self._shuffled = (key, torch.randperm(len(self.data), generator=generator(seed, "order", epoch)))
+            self._shuffled = (key, self._shuffle(generator(seed, "order", epoch)))
         return self._shuffled[1]
+
+    def _shuffle(self, draw: torch.Generator) -> Int[Tensor, " n"]:
+        """The rows of an epoch, batch after batch."""
+        if self._members is None or self.per_class is None:
+            return torch.randperm(len(self.data), generator=draw)
+        classes = self.batch // self.per_class
+        chosen = torch.cat(
+            [torch.randperm(len(self._members), generator=draw)[:classes] for _ in range(self.steps)]
+        )
+        order = torch.empty(len(chosen), self.per_class, dtype=torch.long)
+        for place, rows in enumerate(self._members):
+            turns = (chosen == place).nonzero()[:, 0]
+            for some in turns.split(len(rows) // self.per_class):
+                shuffled = rows[torch.randperm(len(rows), generator=draw)]
+                order[some] = shuffled[: len(some) * self.per_class].view(-1, self.per_class)
+        return order.flatten()
+
+
+def _members(data: Data, batch: int, ranks: int, per_class: int) -> list[Int[Tensor, " m"]]:
+    """The labelled rows of each class that has any."""
+    if per_class < 1 or batch % (per_class * ranks):
+        raise Refused(
+            f"A batch of {batch} rows cannot be cut into groups of {per_class} rows of a class for each of "
+            f"{ranks} process(es); ask for a multiple of {max(per_class, 1) * ranks}."
+        )
+    rows = {name: (data.y == number).nonzero()[:, 0] for number, name in enumerate(data.classes)}
+    rows = {name: members for name, members in rows.items() if len(members)}
+    if len(rows) < batch // per_class:
+        raise Refused(
+            f"A batch of {batch} rows, {per_class} of a class, takes {batch // per_class} classes, and the "
+            f"data has labelled rows of {len(rows)}; make the batch smaller or per_class larger."
+        )
+    fewest = min(rows, key=lambda name: len(rows[name]))
+    if len(rows[fewest]) < per_class:
+        raise Refused(
+            f"Class '{fewest}' has {len(rows[fewest])} labelled rows, and per_class asks for {per_class} of "
+            "each class in a batch; lower it, or label more."
+        )
+    return list(rows.values())
 
 
 class Streams:

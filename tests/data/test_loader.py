@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.core.batch import IGNORE, Batch
+from limbeck.core.batch import IGNORE, Batch, View
 from limbeck.core.refused import Refused
 from limbeck.data.loader import Data, Loader, Streams
 
@@ -109,6 +109,53 @@ def test_x_stays_small_until_its_batch_and_is_normalised_there() -> None:
     assert batch.x[0].tolist() == [[[-1.0, 1.0]], [[0.125, 0.0]]]
 
 
+# --- augmentation ---
+
+
+def noted(seen: list[Batch]) -> View:
+    """A view that turns 3 into 4 and keeps what it was shown."""
+
+    def view(batch: Batch) -> Batch:
+        seen.append(batch)
+        return batch.replace(x=torch.where(batch.x == 3, 4, batch.x).to(batch.x.dtype))
+
+    return view
+
+
+def test_views_come_in_order_while_x_is_as_small_as_it_is_kept() -> None:
+    x = torch.full((6, 1, 2, 2), 3, dtype=torch.uint8)
+    small, seen, later = Data(x, torch.arange(6) % 3, CLASSES, 0.5, 1.0, 2.0), list[Batch](), list[Batch]()
+    loader = Loader(small, 3, seed=7, epochs=2, augment=(noted(seen), noted(later)))
+    batch = loader.at(3)
+    assert seen[0].x.dtype == torch.uint8 and bool((seen[0].x == 3).all()) and bool((later[0].x == 4).all())
+    assert batch.x.dtype == torch.float32 and bool((batch.x == 0.5).all())  # (4 / 2 - 1) / 2
+    assert seen[0].lesson is batch.lesson and (batch.lesson.seed, batch.lesson.epoch) == (7, 1)
+    assert torch.equal(batch.index, Loader(small, 3, seed=7).at(3).index) and torch.equal(seen[0].y, batch.y)
+    assert bool((x == 3).all())
+
+
+def test_evaluation_is_never_augmented() -> None:
+    seen = list[Batch]()
+    loader = Loader(data(), 5, seed=0, augment=(noted(seen),))
+    shown = torch.cat([batch.x for batch in loader.once(10)])
+    assert torch.equal(shown, data().x.float()) and not seen
+
+
+def test_a_view_may_change_the_rows() -> None:
+    def twice(batch: Batch) -> Batch:
+        return batch.map(lambda v: torch.cat([v, v]))
+
+    batch = Loader(data(), 5, seed=0, augment=(twice,)).at(0)
+    assert batch.rows == 10 and torch.equal(batch.x[:, 0, 0, 0], batch.index.float())
+
+
+def test_streams_over_the_same_samples_draw_each_their_own() -> None:
+    seen = {name: list[Batch]() for name in ("weak", "strong")}
+    both = Streams({name: Loader(data(), 5, seed=1, augment=(noted(its),)) for name, its in seen.items()})
+    both.at(0)
+    assert seen["weak"][0].lesson.seed != seen["strong"][0].lesson.seed
+
+
 # --- several processes ---
 
 
@@ -139,6 +186,74 @@ def test_a_batch_that_cannot_be_dealt_is_refused(batch: int, ranks: int) -> None
 def test_a_set_too_small_to_be_dealt_is_refused() -> None:
     with pytest.raises(Refused, match=r"3 .*2 process"):
         Loader(data(3), 4, seed=0, ranks=2)
+
+
+# --- so many rows of each class ---
+
+
+def uneven(*rows: int) -> Data:
+    """Class n has `rows[n]` rows; a quarter as many as all of these nobody labelled."""
+    y = torch.cat([torch.full((many,), n) for n, many in enumerate(rows)])
+    y = torch.cat([y, torch.full((len(y) // 4,), IGNORE)])
+    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    return Data(torch.arange(len(y)).reshape(-1, 1, 1, 1), y, tuple(f"class {n}" for n in range(len(rows))))
+
+
+def test_a_batch_is_so_many_rows_of_each_of_some_classes() -> None:
+    part = uneven(30, 12, 4, 50)
+    loader = Loader(part, 12, seed=3, per_class=4)
+    assert loader.steps == Loader(part, 12, seed=3).steps == 120 // 12
+    left_out = set()
+    for batch in loader.epoch(0):
+        groups = batch.y.reshape(3, 4)
+        assert (groups == groups[:, :1]).all() and (groups >= 0).all()
+        assert len(set(groups[:, 0].tolist())) == 3
+        assert len(set(batch.index.tolist())) == 12
+        left_out |= set(range(4)) - set(groups[:, 0].tolist())
+    assert left_out == set(range(4))
+
+
+def test_a_class_gives_all_its_rows_before_it_gives_one_again() -> None:
+    part = uneven(30, 12, 9)
+    rows = flat(order(Loader(part, 12, seed=0, per_class=4), 0))
+    groups = [rows[n : n + 4] for n in range(0, len(rows), 4) if part.y[rows[n]] == 1]
+    assert len(groups) >= 3
+    assert len(set(flat(groups[:3]))) == 12
+    assert {row for e in range(9) for row in flat(order(Loader(part, 12, seed=0, per_class=4), e))} == set(
+        (part.y != IGNORE).nonzero()[:, 0].tolist()
+    )
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_batches_by_class_are_fixed_by_seed_and_epoch_and_go_on_from_any_step(start: int) -> None:
+    whole, fresh = (Loader(uneven(30, 12, 9), 12, seed=3, per_class=4) for _ in range(2))
+    order(whole, 0)
+    torch.rand(3)
+    assert order(fresh, 1, start) == order(whole, 1)[start:]
+    assert order(whole, 0) != order(whole, 1)
+    assert order(Loader(uneven(30, 12, 9), 12, seed=4, per_class=4), 1) != order(whole, 1)
+
+
+def test_ranks_part_a_batch_between_groups() -> None:
+    alone = order(Loader(uneven(30, 12, 9, 20), 16, seed=4, per_class=4), 1)
+    shares = [Loader(uneven(30, 12, 9, 20), 16, seed=4, per_class=4, rank=rank, ranks=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*(order(share, 1) for share in shares), strict=True)] == alone
+    assert all(len(set(batch.y[:4].tolist())) == 1 for share in shares for batch in share.epoch(1))
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_class", "ranks", "words"),
+    [
+        (12, 5, 1, "12 rows cannot be cut into groups of 5 rows of a class for each of 1 .*multiple of 5"),
+        (12, 4, 2, "12 rows cannot be cut into groups of 4 rows of a class for each of 2 .*multiple of 8"),
+        (12, 0, 1, "groups of 0 rows"),
+        (16, 4, 1, "takes 4 classes, and the data has labelled rows of 3"),
+        (20, 10, 1, "Class 'class 2' has 9 labelled rows, and per_class asks for 10"),
+    ],
+)
+def test_groups_that_cannot_be_drawn_are_refused(batch: int, per_class: int, ranks: int, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        Loader(uneven(30, 12, 9, 0), batch, seed=0, per_class=per_class, ranks=ranks)
 
 
 # --- a budget of labels ---

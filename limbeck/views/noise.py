@@ -1,0 +1,25 @@
+"""Normal noise on every number of x: the perturbation of Mean Teacher (Tarvainen & Valpola; NeurIPS 2017;
+arXiv:1703.01780) and of many others."""
+
+import torch
+from torch import Tensor
+
+from limbeck.core.batch import Batch
+from limbeck.core.keyed import keyed
+from limbeck.core.refused import Refused
+
+
+def noise(batch: Batch, sd: float = 0.15, purpose: str = "noise") -> Batch:
+    """x plus noise of standard deviation `sd`, in the units of x as models are shown it. Two models under one
+    `purpose` see the same noise, under two they see different noise."""
+    if not isinstance(batch.x, Tensor) or not batch.x.is_floating_point():
+        found = f"{batch.x.dtype}" if isinstance(batch.x, Tensor) else f"a {type(batch.x).__name__}"
+        raise Refused(
+            f"Noise is added to numbers, and x is {found}; use this view as a model's `view`, where x is "
+            "float, not in `augment`."
+        )
+    if batch.index is None:
+        raise Refused("Noise is drawn by each row's number, and the batch has no `index`; give it one.")
+    even = keyed(batch.lesson, batch.index, purpose, batch.x[0].numel())
+    normal = torch.special.ndtri(even.clamp(min=2.0**-25)).view_as(batch.x)  # at 0 it is infinite
+    return batch.replace(x=batch.x + sd * normal.to(batch.x))
