@@ -12,7 +12,7 @@ wrap it whole.
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +25,12 @@ from limbeck.core.keyed import forked
 from limbeck.core.method import Method
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Term, to_work
-from limbeck.core.taps import Seen, Tapped
+from limbeck.core.taps import Seen, Tapped, unmoved
 from limbeck.core.task import Task, labelled_cross_entropy
 from limbeck.core.teachers import Frozen, Teacher
 
 TaskLoss = Callable[[Seen, Batch], Tensor]
+_TRACED = ("show", "ask", "losses")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Distiller(nn.Module):
         self.methods = nn.ModuleDict()
         self.lenses = nn.ModuleList()
         self.task, self.task_weight = task.loss if isinstance(task, Task) else task, task_weight
+        self._whole = ["task"] if isinstance(task, Task) and not task.per_sample else []
         self.seed = seed
         self._tapped = Tapped(student, taps, called)
         self._views: list[View | None] = [view]
@@ -121,7 +123,7 @@ class Distiller(nn.Module):
         if self.task is not None:
             with _said("The task", "be done with the example"):
                 self.task(*sight.students[0])
-        with _unmoved(self.lenses):
+        with unmoved(self.lenses):
             for use in self._uses:
                 self._build(use, sight, like)
         self._judged = next((use.name for use in self._uses if self._method(use).rivals()), None)
@@ -145,8 +147,20 @@ class Distiller(nn.Module):
 
     def see(self, batch: Batch) -> Sight:
         """One student forward per view and one call per teacher, whatever the number of terms."""
+        return self.ask(batch, self.show(batch))
+
+    def show(self, batch: Batch) -> list[tuple[Seen, Batch]]:
+        """What the student shows, and the batch it was shown, for each view; the first is everybody's."""
         viewed = [batch if view is None else view(batch) for view in self._views]
-        return Sight([(self._tapped(b.x), b) for b in viewed], [teacher(batch) for teacher in self._teachers])
+        return [(self._tapped(b.x), b) for b in viewed]
+
+    def ask(self, batch: Batch, shown: list[tuple[Seen, Batch]]) -> Sight:
+        """What the student has shown beside what the teachers say."""
+        return Sight(shown, [teacher(batch) for teacher in self._teachers])
+
+    def look(self, names: Iterable[str]) -> None:
+        """Show these taps of the student too: somebody else learns from them."""
+        self._tapped.look(names)
 
     def losses(self, sight: Sight) -> dict[str, Tensor]:
         """The student's losses by name, each times its weight and ramp (a ramp at 0 multiplies, it never
@@ -185,7 +199,8 @@ class Distiller(nn.Module):
         return tuple(self._teachers)
 
     def refuse_cut(self) -> str | None:
-        return next((use.name for use in self._uses if not self._method(use).card.per_sample), None)
+        whole = [use.name for use in self._uses if not self._method(use).card.per_sample]
+        return next(iter(self._whole + whole), None)
 
     def train(self, mode: bool = True) -> "Distiller":
         """Learners to work; what the user froze stays in eval."""
@@ -196,6 +211,22 @@ class Distiller(nn.Module):
         else:
             super().train(False)
         return self
+
+    def compile(self, backend: str = "inductor") -> None:  # type: ignore[override]
+        """Have `torch.compile` trace what the student shows, what the teachers say and the losses.
+
+        The networks stay as they are, so that evaluation, a later stage and their `state_dict` know nothing
+        of it. One trace does for all lessons.
+        """
+        for name in _TRACED:
+            method = getattr(type(self), name).__get__(self)
+            # Else every Distiller of the process would count towards one limit of traces.
+            traced = torch.compile(method, backend=backend, isolate_recompiles=True)  # type: ignore[call-overload]
+            setattr(self, name, traced)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled: its traces would still train the original."""
+        return {name: value for name, value in self.__dict__.items() if name not in _TRACED}
 
     # --- assembly ---
 
@@ -249,7 +280,7 @@ class Distiller(nn.Module):
         """One eager look at the example, the student in train mode as it will be. Nothing of it stays."""
         to_work(self.student)
         said = _said(f"The {self._tapped.called}", "be run on the example")
-        with _unmoved(self.student), forked(self.seed, "dry run"), said:
+        with unmoved(self.student), forked(self.seed, "dry run"), said:
             viewed = [batch if view is None else view(batch) for view in self._views]
             students = [(_as_leaves(self._tapped.check(b.x)), b) for b in viewed]
         with _said("The teacher", "be run on the example"):
@@ -283,7 +314,7 @@ class Distiller(nn.Module):
         with _said(f"Method '{use.name}'", pair), forked(self.seed, "build", use.key):
             method.build(s, t, batch)
             method.to(like.device, like.dtype)
-            with _unmoved(method):
+            with unmoved(method):
                 loss = factor * method.loss(s, t, batch)
                 if loss.ndim or not torch.isfinite(loss):
                     raise Refused(
@@ -310,18 +341,6 @@ class ClassesDiffer(Refused):
             f"has {t}; {works if still else 'feature and relation methods still work'}; or say with "
             "`columns` which of the teacher's outputs scores each class."
         )
-
-
-@contextmanager
-def _unmoved(module: nn.Module) -> Iterator[None]:
-    """What the module remembers (BatchNorm statistics, banks) is afterwards what it was before."""
-    before = {name: b.clone() for name, b in module.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, b in module.named_buffers():
-                b.copy_(before[name])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from limbeck.core.batch import Lesson, View
 from limbeck.core.method import Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
-from limbeck.core.teachers import Teacher
+from limbeck.core.teachers import MeanOf, Teacher
 
 Turn = tuple[str, dict[str, Tensor]]
 """One step of one player: its name and the named losses it lowers."""
@@ -31,11 +31,13 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 @dataclass(frozen=True)
 class Ramp:
     """A weight that grows from 0 to its full value: it stands at 0 for `after` epochs and is full in the
-    `epochs`-th one after that."""
+    `epochs`-th one after that. One that `falls` is full for `after` epochs and the next one, and is 0 when
+    `epochs` more have passed (a hint that only begins a training)."""
 
     epochs: int
     after: int = 0
     shape: str = "linear"
+    falls: bool = False
 
     def __post_init__(self) -> None:
         if self.shape not in _SHAPES or self.epochs < 1 or self.after < 0:
@@ -45,7 +47,9 @@ class Ramp:
             )
 
     def __call__(self, lesson: Lesson) -> float:
-        return _SHAPES[self.shape](min(max((lesson.epoch + 1 - self.after) / self.epochs, 0.0), 1.0))
+        passed = lesson.epoch - self.after + (0 if self.falls else 1)
+        grown = _SHAPES[self.shape](min(max(passed / self.epochs, 0.0), 1.0))
+        return 1 - grown if self.falls else grown
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,19 @@ class Term:
 
 
 class Scheme(ABC):
-    """A lesson plan. The engine asks for turns, steps the player of each, and asks `shipped` at the end."""
+    """A lesson plan. The engine asks for turns, steps the player of each, and asks `ships` at the end."""
+
+    learners_teach: ClassVar[bool] = False
+    """Whether a term may name a learner of this very lesson as its teacher."""
+
+    mean: MeanOf | None = None
+    """A running mean of the learner, to be shipped in its place; a recipe's `ships` sets it."""
+
+    @classmethod
+    def staged(cls, cast: Any) -> "Scheme":
+        """The lesson of a recipe's stage: `cast` is a `core.cast.Cast`, further keywords are the knobs that a
+        recipe may give. Raises `Refused`."""
+        raise Refused(f"The scheme {cls.__name__} cannot be used in a recipe: it does not define `staged`.")
 
     @abstractmethod
     def players(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
@@ -99,9 +115,14 @@ class Scheme(ABC):
         can."""
         return None
 
+    def ships(self) -> nn.Module:
+        """What is evaluated and saved: what the scheme ships, or its running mean."""
+        return self.shipped() if self.mean is None else self.mean.model
+
     def follow(self) -> None:
-        """After a step: teachers that move do so."""
-        for teacher in self.teachers():
+        """After a step: teachers that move do so, each once."""
+        movers = [*self.teachers(), *([] if self.mean is None else [self.mean])]
+        for teacher in {id(teacher): teacher for teacher in movers}.values():
             teacher.follow()
 
     def train(self) -> None:
@@ -112,6 +133,7 @@ class Scheme(ABC):
         return {
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
             "teachers": [teacher.state_dict() for teacher in self.teachers()],
+            "mean": None if self.mean is None else self.mean.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,6 +141,8 @@ class Scheme(ABC):
             module.load_state_dict(state["modules"][name])
         for teacher, its in zip(self.teachers(), state["teachers"], strict=True):
             teacher.load_state_dict(its)
+        if self.mean is not None:
+            self.mean.load_state_dict(state["mean"])
 
 
 def to_work(module: nn.Module) -> None:

@@ -15,7 +15,8 @@ words.
 import difflib
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,6 +157,18 @@ class Tapped:
         if isinstance(out, Mapping) and "logits" in out:
             return out["logits"]
         return out
+
+
+@contextmanager
+def unmoved(module: nn.Module) -> Iterator[None]:
+    """What the module remembers (BatchNorm statistics, banks) is afterwards what it was before."""
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, b in module.named_buffers():
+                b.copy_(before[name])
 
 
 class _Ear:

@@ -30,6 +30,9 @@ class Task(ABC):
     headline: ClassVar[str]
     """The score that boards compare; higher is better."""
 
+    per_sample: ClassVar[bool] = True
+    """Whether its loss is a mean of one term a row, so that a batch may be cut into micro-batches."""
+
     @abstractmethod
     def loss(self, s: Seen, batch: Batch) -> Tensor:
         """The ordinary training loss, a scalar."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.batch import Batch, View
+from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
-from limbeck.core.taps import Seen, Tapped
+from limbeck.core.taps import Seen, Tapped, unmoved
 
 
 class Teacher(ABC):
@@ -202,6 +203,53 @@ class MeanOf(Teacher):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
+
+
+class Peer(Teacher):
+    """A learner as another learner's teacher: it answers with what it has just shown in its own lesson,
+    detached.
+
+    So nothing is run twice, and the answer is that of a network in training, BatchNorm on the batch. The
+    scheme calls `told` before anybody asks. Outside a lesson (`check`) the network is run on `example`, the
+    example as this learner's own view shows it; whoever asks may see another, and nothing of it moves.
+    """
+
+    offers: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        example: Batch,
+        *,
+        taps: Mapping[str, str] | None = None,
+        called: str = "peer",
+    ) -> None:
+        self.model, self.example, self.called = learner, example, called
+        self.tapped = Tapped(learner, taps, called)
+        self._shown: Seen | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The taps it is asked for, which its own lesson has to look at."""
+        return self.tapped.names
+
+    def told(self, shown: Seen) -> None:
+        """What the learner showed for the batch at hand."""
+        self._shown = shown.detach()
+
+    def __call__(self, batch: Batch) -> Seen:
+        assert self._shown is not None, f"{self.called} has shown nothing yet"
+        return self._shown
+
+    def through(self, x: Any) -> Seen:
+        raise Refused(f"'{self.called}' learns while it teaches, so no gradient passes through it.")
+
+    def look(self, names: Iterable[str]) -> None:
+        self.tapped.look(names)
+
+    def check(self, batch: Batch) -> Seen:
+        with torch.no_grad(), unmoved(self.model), forked("dry run", self.called):
+            return self.tapped.check(self.example.x)
 
 
 class Ensemble(Teacher):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from limbeck.core.batch import Batch
+from limbeck.core.cast import Cast
 from limbeck.core.distiller import Distiller
 from limbeck.core.scheme import Scheme, Turn
 from limbeck.core.teachers import Teacher
@@ -21,6 +22,11 @@ class Offline(Scheme):
 
     def __init__(self, distiller: Distiller) -> None:
         self.distiller = distiller
+
+    @classmethod
+    def staged(cls, cast: Cast) -> "Offline":
+        (student,) = cast.names("offline", "student")
+        return cls(cast.distiller(student))
 
     def turns(self, batch: Batch) -> Iterator[Turn]:
         sight = self.distiller.see(batch)

@@ -42,6 +42,12 @@ def test_a_sigmoid_ramp_is_that_of_the_mean_teachers() -> None:
     assert course(Ramp(2, after=3, shape="sigmoid"), 5)[:3] == [0, 0, 0]
 
 
+def test_a_ramp_that_falls_begins_full_and_ends_at_nothing() -> None:
+    assert course(Ramp(4, falls=True), 6) == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert course(Ramp(2, after=2, falls=True), 6) == [1, 1, 1, 0.5, 0, 0]
+    assert course(Ramp(1, shape="sigmoid", falls=True), 3) == [1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("epochs", "after", "shape"), [(0, 0, "linear"), (3, -1, "linear"), (3, 0, "stairs")]
 )

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from limbeck import checkpoint, recipe
 from limbeck.core.batch import Batch
+from limbeck.core.cast import Cast
 from limbeck.core.distiller import Distiller
 from limbeck.core.method import Card, Method
 from limbeck.core.scheme import Scheme, Turn, to_work
@@ -69,6 +70,11 @@ class SimKD(Scheme):
         method = distiller.methods["samefeatures"]
         self.learner = Reused(distiller.student.body, method.project, distiller.teachers()[0].model.head)
         self.modes: list[bool] = []  # of everything below the head, at every turn
+
+    @classmethod
+    def staged(cls, cast: Cast) -> "SimKD":
+        (student,) = cast.names("simkd", "student")
+        return cls(cast.distiller(student))
 
     def turns(self, batch: Batch) -> Iterator[Turn]:
         self.modes += [m.training for m in self.learner.head.modules()]
