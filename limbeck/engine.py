@@ -1,7 +1,9 @@
 """The loop. It has never heard of any method: it asks a scheme for turns and steps the player of each."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -10,11 +12,15 @@ from torch import Tensor, nn
 
 from limbeck.core import across
 from limbeck.core.batch import IGNORE, Batch
+from limbeck.core.distiller import Distiller
 from limbeck.core.keyed import reseed
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme
 from limbeck.core.taps import Seen, Tapped
 from limbeck.core.task import Task
+
+LOOK = 50
+"""Steps between two looks at whether losses on an accelerator are finite: a look waits for the device."""
 
 
 class Drawn(Protocol):
@@ -64,6 +70,14 @@ class Engine:
     Args:
         scheme: who learns and whose turn it is. loader: where batches come from. paces: an optimiser for each
             player, by name; a player without one uses none and is refused. accumulate: micro-batches a step.
+        clip: the largest norm of a player's gradient, all its parameters together; a longer one is shortened.
+        precision: bfloat16 or float16 for autocast around what a scheme computes in its turns; weights,
+            optimisers and evaluation stay in float32. A gradient that overflows float16 is a step left out.
+        compile: trace the scheme's Distillers with `torch.compile`. Losses are the same but for rounding, and
+            dropout draws other numbers.
+
+    A loss that is not finite is refused before its step is taken; on an accelerator, where looking costs
+    time, at most `LOOK` steps later. It never gets into a checkpoint.
     """
 
     def __init__(
@@ -75,16 +89,21 @@ class Engine:
         epochs: int,
         seed: int = 0,
         accumulate: int = 1,
+        clip: float | None = None,
+        precision: torch.dtype | None = None,
+        compile: bool = False,
         device: torch.device | str = "cpu",
         stage: int = 0,
     ) -> None:
         self.scheme, self.loader, self.paces = scheme, loader, dict(paces)
         self.epochs, self.seed, self.accumulate, self.stage = epochs, seed, accumulate, stage
+        self.clip = clip
         self.device = torch.device(device)
         self.players = {name: list(parameters.values()) for name, parameters in scheme.players().items()}
         self.step = 0
         self.seconds = 0.0
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, dict[str, Tensor]] = {}  # of an epoch's losses, by player and name
+        self._unseen: list[tuple[int, str, str, Tensor]] = []  # step, player, name and value of a loss
         if self.players.keys() != self.paces.keys():
             raise Refused(
                 f"The players are {', '.join(self.players)} and optimisers were given for "
@@ -96,6 +115,24 @@ class Engine:
                 f"The loss of '{whole}' compares the rows of a batch, so a batch cannot be cut into "
                 f"{accumulate} micro-batches; set accumulate = 1."
             )
+        if precision is not None:
+            refuse_precision(precision, self.device)
+        self._casting = (
+            nullcontext() if precision is None else torch.autocast(self.device.type, dtype=precision)
+        )
+        # One for each player: a scaler waits for an `update` before it steps the same optimiser again.
+        half = self.players if precision == torch.float16 else ()
+        self.scalers = {player: torch.amp.GradScaler(self.device.type) for player in half}
+        self.compiled = compile
+        if compile:
+            lessons = [module for module in scheme.modules().values() if isinstance(module, Distiller)]
+            if not lessons:
+                raise Refused(
+                    f"The scheme {type(scheme).__name__} has no Distiller, which is what is compiled; leave "
+                    "compile out."
+                )
+            for lesson in lessons:
+                lesson.compile()
 
     @property
     def done(self) -> bool:
@@ -111,20 +148,38 @@ class Engine:
                 began = time.perf_counter()
                 # So that dropout is alike in every arm, and after a resume.
                 reseed(self.device, self.seed, "step", self.stage, self.step)
-                self._learn(_to(batch, self.device))
+                try:
+                    self._learn(_to(batch, self.device))
+                except RuntimeError as error:
+                    if not self.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                        raise
+                    why = str(error).partition("\n")[0]
+                    raise Refused(f"compile was asked for, and fails here ({why}); leave it out.") from error
                 self.scheme.follow()
                 self.step += 1
                 self.seconds += time.perf_counter() - began
+                if self.device.type != "cpu" and self.step % LOOK == 0:
+                    self.refuse_diverged()
                 yield self._record(epoch) if self.step % self.loader.steps == 0 else None
 
     def refuse_diverged(self) -> None:
-        """Refuse to go on from, or to save, a state in which a loss of this epoch was not finite."""
-        for name, total in self.sums.items():
-            if not torch.isfinite(total):
-                raise Refused(
-                    f"The loss '{name}' became {float(total)} by step {self.step} of stage {self.stage}; "
-                    "lower the learning rate or the loss's weight."
-                )
+        """Refuse to go on from, or to save, a state that is not finite: a loss until now, or a weight."""
+        unseen, self._unseen = self._unseen, []
+        if unseen:  # all of them in one look
+            finite = torch.isfinite(torch.stack([value.float() for *_, value in unseen])).tolist()
+            for (step, player, name, value), fine in zip(unseen, finite, strict=True):
+                if not fine:
+                    raise self._diverged(f"loss '{name}' of player '{player}'", value, step)
+        for player, parameters in self.players.items():
+            norm = torch.nn.utils.get_total_norm(parameters)
+            if not math.isfinite(norm):
+                raise self._diverged(f"norm of the weights of player '{player}'", norm, self.step - 1)
+
+    def _diverged(self, what: str, value: Tensor, step: int) -> Refused:
+        return Refused(
+            f"The {what} became {float(value)} in step {step} of stage {self.stage}; lower the learning rate "
+            "or the loss's weight, or clip the gradient."
+        )
 
     def _learn(self, batch: Any) -> None:
         """All turns of one batch. Micro-batches go through the plan side by side, so that whoever learns
@@ -134,7 +189,8 @@ class Engine:
         while True:
             player = None
             for share, plan in plans:
-                turn = next(plan, None)
+                with self._casting:
+                    turn = next(plan, None)
                 if turn is None:
                     continue
                 if player is None:
@@ -146,18 +202,44 @@ class Engine:
                 self._backward(player, turn[1], share)
             if player is None:
                 return
-            self.paces[player].set(self.step)
-            self.paces[player].optimiser.step()
+            self._step(player)
 
     def _backward(self, player: str, losses: dict[str, Tensor], share: float) -> None:
-        loss = self.scheme.combine(player, losses)
-        (loss * share if share != 1 else loss).backward(inputs=self.players[player])
+        sums = self.sums.setdefault(player, {})
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach() * share  # type: ignore[operator]
+            value = value.detach()
+            if self.device.type != "cpu":
+                self._unseen.append((self.step, player, name, value))
+            elif not math.isfinite(value):
+                raise self._diverged(f"loss '{name}' of player '{player}'", value, self.step)
+            exact = torch.promote_types(value.dtype, torch.float32)
+            sums[name] = sums.get(name, 0.0) + value.to(exact) * share
+        loss = self.scheme.combine(player, losses)
+        loss = loss * share if share != 1 else loss
+        if self.scalers:
+            loss = self.scalers[player].scale(loss)
+        loss.backward(inputs=self.players[player])
+
+    def _step(self, player: str) -> None:
+        pace, scaler = self.paces[player], self.scalers.get(player)
+        pace.set(self.step)
+        if scaler is not None:
+            scaler.unscale_(pace.optimiser)
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.players[player], self.clip)
+        if scaler is None:
+            pace.optimiser.step()
+        else:
+            scaler.step(pace.optimiser)
+            scaler.update()
 
     def _record(self, epoch: int) -> Record:
         self.refuse_diverged()
-        losses = {name: float(total) / self.loader.steps for name, total in self.sums.items()}
+        losses: dict[str, float] = {}
+        for player, named in self.sums.items():
+            for name, total in named.items():
+                key = name if name not in losses else f"{player}.{name}"
+                losses[key] = float(total) / self.loader.steps
         record = Record(self.stage, epoch, self.step, losses, seconds=self.seconds)
         self.sums, self.seconds = {}, 0.0
         return record
@@ -166,16 +248,43 @@ class Engine:
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "sums": dict(self.sums),
+            "sums": {player: dict(named) for player, named in self.sums.items()},
             "scheme": self.scheme.state_dict(),
             "optimisers": {name: pace.optimiser.state_dict() for name, pace in self.paces.items()},
+            "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds, self.sums = state["step"], state["seconds"], dict(state["sums"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.sums = {player: dict(named) for player, named in state["sums"].items()}
         self.scheme.load_state_dict(state["scheme"])
         for name, pace in self.paces.items():
             pace.optimiser.load_state_dict(state["optimisers"][name])
+        for name, scaler in self.scalers.items():
+            scaler.load_state_dict(state["scalers"][name])
+
+
+def refuse_precision(precision: torch.dtype, device: torch.device) -> None:
+    """Refuse what the device would compute slowly, in software."""
+    name = str(precision).removeprefix("torch.")
+    if device.type == "cpu" and precision == torch.float16:
+        raise Refused(
+            f"precision = '{name}' was asked for on a CPU, where float16 is for storage; take 'bfloat16', or "
+            "leave precision out."
+        )
+    if precision == torch.bfloat16 and not has_bfloat16(device):
+        raise Refused(
+            f"precision = '{name}' was asked for, and this {device.type.upper()} has no arithmetic for it; "
+            "leave precision out."
+        )
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16 (torch would emulate it otherwise, slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def evaluate(

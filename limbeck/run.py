@@ -3,15 +3,22 @@ sittings as needed.
 
 run.json        what is done, with what, since when        metrics.jsonl   a line per epoch
 checkpoint.*    where we are, between two batches          NAME.safetensors, NAME.json   what ships
+answers-NAME.*  what NAME said of the test split
 result.json     scores, seconds, parameters: there when the run is finished
+PID-TIME.lock   which process is writing here: there while it does
 """
 
+import copy
 import json
+import math
 import os
 import platform
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,8 +26,9 @@ from typing import Any
 import torch
 
 import limbeck
-from limbeck import build, checkpoint, recipe
+from limbeck import answers, build, checkpoint, recipe
 from limbeck.core.refused import Refused
+from limbeck.core.task import Task
 from limbeck.data.loader import Loader
 from limbeck.engine import Engine, Record, evaluate
 
@@ -81,9 +89,16 @@ class Run:
         if self._started is None:
             build.rehearse(plan, self.seed, device)
         self.lab = build.lab(plan, self.seed, device)
+        for n, stage in enumerate(plan.stages):
+            if not self.lab.task.headline and (stage.patience is not None or stage.keep == "best"):
+                raise Refused(
+                    f"In stage {n}: patience and keep = 'best' compare validation scores, and the task "
+                    f"'{plan.task}' has none; leave them out."
+                )
         self.records: list[dict[str, Any]] = []
         self.finals: list[dict[str, Any]] = []  # of the stages that are finished
         self.stage = 0
+        self.best: dict[str, Any] | None = None  # epoch of the stage at hand: its number, score and weights
         self._halfway: dict[str, Any] | None = None
         if (folder / "checkpoint.json").exists():
             self._take(checkpoint.load(folder, fingerprint=self.fingerprint))
@@ -102,9 +117,16 @@ class Run:
         self._stop = True
 
     def moments(self) -> Iterator[Moment]:
-        """Do what is left to do, yielding between batches."""
+        """Do what is left to do, yielding between batches. Raises `Refused` when another process is at it."""
         if self.result is not None:
             return
+        lock = self._lock()
+        try:
+            yield from self._moments()
+        finally:
+            lock.unlink(missing_ok=True)
+
+    def _moments(self) -> Iterator[Moment]:
         if self._started is None:
             self._write("run.json", self._about())
         self._write_metrics()
@@ -114,14 +136,16 @@ class Run:
             if self._halfway is not None:
                 engine.load_state_dict(self._halfway)
                 self._halfway = None
-            for record in engine.lessons():
+            lessons = engine.lessons()
+            while not self._over(engine):
+                record = next(lessons)
                 if record is not None:
                     record.scores = self._scores(engine, "valid")
+                    self._compare(engine, record)
                     self.records.append(record.as_dict())
                     self._write_metrics()
                 yield self._moment(engine, record)
                 if self._stop or time.monotonic() - saved >= self.every:
-                    engine.refuse_diverged()
                     self._save(engine)
                     saved = time.monotonic()
                 if self._stop:
@@ -136,49 +160,89 @@ class Run:
         shipped = f"{self.finals[-1]['learner']}.safetensors"
         self._write("result.json", {"shipped": shipped, **self.finals[-1], "stages": self.finals})
 
+    # --- the best epoch ---
+
+    def _compare(self, engine: Engine, record: Record) -> None:
+        """Keep the weights of what ships if its validation score is the best so far, the first of equals."""
+        score = record.scores.get(self.lab.task.headline, math.nan)
+        if score > (-math.inf if self.best is None else self.best["score"]):
+            weights = copy.deepcopy(engine.scheme.ships().state_dict())
+            self.best = {"epoch": record.epoch, "score": score, "weights": weights}
+
+    def _over(self, engine: Engine) -> bool:
+        """Whether the stage took its last step, or waited for a better score as long as its patience."""
+        patience = self.plan.stages[self.stage].patience
+        if patience is None or self.best is None:
+            return engine.done
+        return engine.done or engine.step // engine.loader.steps - 1 - self.best["epoch"] >= patience
+
     # --- state ---
 
     def _save(self, engine: Engine | None) -> None:
-        trained = {stage.learns for stage in self.plan.stages[: self.stage]}
+        if engine is not None:
+            engine.refuse_diverged()
+        trained = {name for stage in self.plan.stages[: self.stage] for name in stage.learners}
         state = {
             "stage": self.stage,
             "models": {name: self.lab.models[name].state_dict() for name in sorted(trained)},
             "engine": None if engine is None else engine.state_dict(),
+            "best": self.best,
             "records": self.records,
             "finals": self.finals,
         }
         checkpoint.save(self.folder, state, fingerprint=self.fingerprint)
 
     def _take(self, state: dict[str, Any]) -> None:
-        self.stage, self._halfway = state["stage"], state["engine"]
+        self.stage, self.best, self._halfway = state["stage"], state["best"], state["engine"]
         self.records, self.finals = list(state["records"]), list(state["finals"])
         for stage in self.plan.stages[: self.stage]:
             # In order: what was made from another is made again from its trained weights, then gets its own.
-            self.lab.learner(stage).load_state_dict(state["models"][stage.learns])
+            for name, net in self.lab.learners(stage).items():
+                net.load_state_dict(state["models"][name])
 
     def _end_stage(self, engine: Engine) -> None:
-        """Score what the stage ships, the test split too, this once; the last stage's is also written."""
-        shipped, learner = engine.scheme.shipped(), self.plan.stages[self.stage].learns
-        final = {
-            "learner": learner,
-            "scores": {
+        """Score the last and the best epoch, the test split too, each this once, and take the one that the
+        stage keeps; the last stage's is also written."""
+        stage, shipped = self.plan.stages[self.stage], engine.scheme.ships()
+        last = (engine.step // engine.loader.steps - 1, copy.deepcopy(shipped.state_dict()))
+        best = last if self.best is None else (self.best["epoch"], self.best["weights"])
+        scores, heard = {}, {}
+        for epoch, weights in dict((last, best)).items():
+            shipped.load_state_dict(weights)
+            kept = answers.Kept(self.lab.task)
+            scores[epoch] = {
                 f"{split}.{name}": value
-                for split in ("valid", "test")
-                for name, value in self._scores(engine, split).items()
-            },
+                for split, task in (("valid", self.lab.task), ("test", kept), ("unseen", self.lab.task))
+                if getattr(self.lab.splits, split) is not None
+                for name, value in self._scores(engine, split, task).items()
+            }
+            heard[epoch] = kept.answers()
+        epoch, weights = best if stage.keep == "best" else last
+        shipped.load_state_dict(weights)
+        learner = self.lab.model(stage.learns)
+        if learner is not shipped and learner.state_dict().keys() == weights.keys():
+            learner.load_state_dict(weights)  # its running mean shipped: a later stage goes on from that
+        final = {
+            "learner": stage.learns,
+            "scores": scores[epoch],
+            "last": {"epoch": last[0], "scores": scores[last[0]]},
+            "best": {"epoch": best[0], "scores": scores[best[0]]},
             "parameters": sum(p.numel() for p in shipped.parameters()),
             "seconds": sum(r["seconds"] for r in self.records if r["stage"] == self.stage),
         }
         self.finals.append(final)
+        self.best = None
+        place = answers.place(self.folder, stage.learns)
+        answers.write(place, heard[epoch], {**final, "seed": self.seed})
         if self.stage + 1 == len(self.plan.stages):
-            file = self.folder / f"{learner}.safetensors"
+            file = self.folder / f"{stage.learns}.safetensors"
             checkpoint.save_weights(file, shipped.state_dict(), {**final, **self._about()})
 
-    def _scores(self, engine: Engine, split: str) -> dict[str, float]:
+    def _scores(self, engine: Engine, split: str, task: Task | None = None) -> dict[str, float]:
         loader = Loader(getattr(self.lab.splits, split), 256, seed=self.seed)
         return evaluate(
-            engine.scheme.shipped(),
-            self.lab.task,
+            engine.scheme.ships(),
+            task or self.lab.task,
             loader.once(256),
             taps=self._taps(),
             device=self.lab.device,
@@ -202,6 +266,23 @@ class Run:
 
     # --- files ---
 
+    def _lock(self) -> Path:
+        """Say that this process writes here, unless another does. What a killed process left is removed."""
+        mine = self.folder / f"{_process(os.getpid())}.lock"
+        checkpoint.write_atomic(mine, b"")
+        for other in sorted(self.folder.glob("*.lock")):
+            found = re.fullmatch(r"(\d+)-\d+", other.stem)
+            if found is None or other == mine:
+                continue
+            if _process(int(found[1])) == other.stem:
+                mine.unlink()
+                raise Refused(
+                    f"{self.folder} is being written by process {found[1]}; wait for it, stop it, or choose "
+                    "another folder."
+                )
+            other.unlink(missing_ok=True)
+        return mine
+
     def _about(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
@@ -217,6 +298,21 @@ class Run:
         checkpoint.write_atomic(
             self.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.records).encode()
         )
+
+
+def _process(pid: int) -> str | None:
+    """A living process by a name that no later process of the same number has; None when it is dead."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # it lives, and is somebody else's
+    try:
+        state, *facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return f"{pid}-0"  # this system does not tell when a process began
+    return None if state in "ZX" else f"{pid}-{facts[18]}"
 
 
 def resume(folder: Path, *, device: str = "cpu", every: float = 60.0) -> Run:
@@ -241,7 +337,27 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        **({} if (commit := _commit()) is None else {"commit": commit}),
     }
+
+
+@cache
+def _commit() -> str | None:
+    """The commit this limbeck was imported from, where it is a git checkout of its own."""
+    root = Path(limbeck.__file__).parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root.resolve():
+            return None  # installed somewhere below another project
+        changed = git("status", "--porcelain", "--", "limbeck")
+        return git("rev-parse", "HEAD") + (", with changes since" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _fingerprint(plan: recipe.Recipe, seed: int) -> str:

@@ -308,6 +308,154 @@ def test_a_batch_of_too_few_rows_to_cut_is_refused() -> None:
         next(engine(net(), accumulate=9).lessons())
 
 
+# --- what diverges ---
+
+
+class Bursts(Method):
+    """Is finite until a step of the clock."""
+
+    card = Card("none", 2000, ("response",), per_sample=True)
+
+    def __init__(self, at: int, value: float = math.nan) -> None:
+        super().__init__()
+        self.at, self.value = at, value
+
+    def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
+        return s.out.square().mean() * (self.value if batch.lesson.step == self.at else 1.0)
+
+
+def bursting(model: nn.Module, at: int, value: float = math.nan, **options: Any) -> Engine:
+    return engine(model, Term(Bursts(at, value), (Frozen(net(2)),)), **options)
+
+
+@pytest.mark.parametrize(("value", "written"), [(math.nan, "nan"), (math.inf, "inf")])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_is_not_finite_stops_before_its_step_and_is_named(
+    value: float, written: str, accumulate: int
+) -> None:
+    model, other = net(), net()
+    work = bursting(model, 5, value, accumulate=accumulate, stage=2)
+    words = rf"The loss 'bursts' of player 'student' became {written} in step 5 of stage 2; lower the"
+    with pytest.raises(Refused, match=words) as refusal:
+        list(work.lessons())
+    assert "\n" not in str(refusal.value)
+    assert work.step == 5
+    good = bursting(other, 99, accumulate=accumulate, stage=2)
+    for _, _ in zip(range(5), good.lessons(), strict=False):
+        pass
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_player_whose_loss_diverges_is_named() -> None:
+    plan = Duel()
+    paces = {"scale": pace([plan.scale], 0.5), "net": pace(plan.net.parameters(), 1e30)}
+    with pytest.raises(Refused, match="loss 'scaled' of player 'scale' became inf in step 1 "):
+        list(Engine(plan, Loader(DATA, 8, seed=0), paces, epochs=1).lessons())
+
+
+def test_weights_that_are_not_finite_are_refused_though_the_losses_are() -> None:
+    """A gradient may overflow where the loss does not; such a state must not become a checkpoint."""
+    model = net()
+    work = engine(model)
+    next(work.lessons())
+    work.refuse_diverged()
+    model[4].bias.data[0] = math.inf
+    with pytest.raises(Refused, match="norm of the weights of player 'student' became inf in step 0 "):
+        work.refuse_diverged()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that is not the CPU, as far as the engine can tell."""
+    monkeypatch.setattr("limbeck.engine._to", lambda batch, device: batch)
+    return torch.device("meta")
+
+
+def test_an_accelerator_is_looked_at_now_and_then_and_before_a_save(
+    elsewhere: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limbeck.engine.LOOK", 3)
+    work = bursting(net(), 4)
+    work.device = elsewhere
+    lessons = work.lessons()
+    for _ in range(5):
+        next(lessons)
+    words = "The loss 'bursts' of player 'student' became nan in step 4 of stage 0"  # by now every loss is
+    unlooked = copy.copy(work)
+    with pytest.raises(Refused, match=words):
+        unlooked.refuse_diverged()
+    with pytest.raises(Refused, match=words):
+        next(lessons)
+
+
+def test_a_step_on_an_accelerator_waits_for_nothing(
+    elsewhere: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waits(device: torch.device) -> int:
+        work, count = bursting(net(), 99), 0
+        work.device = device
+        lessons = work.lessons()
+
+        def counted(old: Any) -> Any:
+            def asked(self: Tensor, *args: Any) -> Any:
+                nonlocal count
+                count += 1
+                return old(self, *args)
+
+            return asked
+
+        with monkeypatch.context() as patch:
+            for name in ("__float__", "__bool__", "__int__", "item", "tolist"):
+                patch.setattr(Tensor, name, counted(getattr(Tensor, name)))
+            for _ in range(3):
+                next(lessons)
+        return count
+
+    assert waits(torch.device("cpu")) >= 3
+    assert waits(elsewhere) == 0
+
+
+def test_losses_of_one_name_are_told_apart_by_their_player() -> None:
+    class Same(Duel):
+        def turns(self, batch: Batch) -> Iterator[Turn]:
+            for player, losses in super().turns(batch):
+                yield player, {"gap": sum(losses.values()), "one" + player: losses.popitem()[1]}
+
+    plan = Same()
+    paces = {"scale": pace([plan.scale], 0.0), "net": pace(plan.net.parameters(), 0.0)}
+    (record,) = (r for r in Engine(plan, Loader(DATA, 8, seed=0), paces, epochs=1).lessons() if r)
+    assert record.losses.keys() == {"gap", "onescale", "net.gap", "onenet"}
+    assert record.losses["gap"] == record.losses["onescale"] != record.losses["net.gap"]
+    assert record.losses["net.gap"] == record.losses["onenet"]
+
+
+# --- clipping ---
+
+
+def test_a_gradient_that_is_too_long_is_shortened_for_each_player_by_itself() -> None:
+    plan = Duel()
+    plan.net.weight.data.mul_(30)
+    start = copy.deepcopy(plan)
+    paces = {"scale": pace([plan.scale], 1.0), "net": pace(plan.net.parameters(), 1.0)}
+    next(Engine(plan, Loader(DATA, 8, seed=0), paces, epochs=1, clip=0.01).lessons())
+    pairs = zip(plan.net.parameters(), start.net.parameters(), strict=True)
+    moved = torch.cat([(p - q).detach().flatten() for p, q in pairs])
+    assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
+    assert float((plan.scale - start.scale).detach().norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_gradient_that_is_short_enough_is_left_alone() -> None:
+    def trained(clip: float | None) -> nn.Module:
+        plan = Duel()
+        plan.net.load_state_dict(weights)
+        paces = {"scale": pace([plan.scale], 0.1), "net": pace(plan.net.parameters(), 0.1)}
+        list(Engine(plan, Loader(DATA, 8, seed=0), paces, epochs=1, clip=clip).lessons())
+        return plan.net
+
+    weights = nn.Linear(6, 3).state_dict()
+    assert same(trained(None), trained(1e6)) and not same(trained(None), trained(0.1))
+
+
 # --- evaluation ---
 
 

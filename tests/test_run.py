@@ -269,12 +269,12 @@ def test_what_is_made_from_a_model_is_made_alike_whenever_it_is_made(
     monkeypatch.syspath_prepend(tmp_path)
     made = {"name": "made", "from": "student", "change": "makes_noise:noisy"}
     run = Run(plan(stages=[{"learner": made, "epochs": 1, "batch": 300}]), tmp_path / "run")
-    first = run.lab.learner(run.plan.stages[0]).state_dict()
+    first = run.lab.learners(run.plan.stages[0])["made"].state_dict()
     first = {name: value.clone() for name, value in first.items()}
     torch.rand(5)
-    assert same(run.lab.learner(run.plan.stages[0]).state_dict(), first)
+    assert same(run.lab.learners(run.plan.stages[0])["made"].state_dict(), first)
     other = Run(plan(stages=[{"learner": made, "epochs": 1, "batch": 300}]), tmp_path / "other", seed=1)
-    assert not same(other.lab.learner(other.plan.stages[0]).state_dict(), first)
+    assert not same(other.lab.learners(other.plan.stages[0])["made"].state_dict(), first)
 
 
 def test_a_finished_run_is_left_alone(whole: Run) -> None:
@@ -446,6 +446,6 @@ def test_a_run_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_loss_that_is_no_longer_finite_ends_the_run_and_ships_nothing(tmp_path: Path) -> None:
     stages = [stage.model_dump(by_alias=True) for stage in plan().stages[:1]]
     stages[0]["optim"] = {"student": {"lr": 1e30}}
-    with pytest.raises(Refused, match=r"The loss 'task' became .* lower the learning rate"):
+    with pytest.raises(Refused, match=r"The loss 'task' of player 'student' became .* lower the learning"):
         finish(Run(plan(stages=stages), tmp_path / "run"))
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "run" / "result.json").exists()
