@@ -16,16 +16,20 @@ import torch
 from torch import nn
 
 from limbeck import checkpoint, registry
-from limbeck.core.batch import IGNORE, View
-from limbeck.core.distiller import ClassesDiffer, Distiller
+from limbeck.core.batch import IGNORE, Batch, View
+from limbeck.core.cast import Cast
+from limbeck.core.distiller import ClassesDiffer
 from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Lens, Ramp, Scheme, Term
 from limbeck.core.task import Task
-from limbeck.core.teachers import Ensemble, Frozen, MeanOf, Teacher
+from limbeck.core.teachers import Ensemble, Frozen, MeanOf, Peer, Teacher
 from limbeck.data.loader import Data, Loader, Splits
+from limbeck.data.outside import as_splits
+from limbeck.data.published import shelves
+from limbeck.data.unseen import keep_unseen
 from limbeck.engine import Engine, Pace
-from limbeck.recipe import Made, Mean, Net, Optim, Recipe, Stage, Use
+from limbeck.recipe import Made, Mean, Named, Net, Optim, Recipe, Source, Stage, Use
 
 
 @dataclass(frozen=True)
@@ -57,32 +61,36 @@ class Lab:
             raise Refused(f"In stage {number}: {error}") from error.__cause__
 
     def _engine(self, number: int, stage: Stage) -> Engine:
-        learner = self.learner(stage)
+        learners = self.learners(stage)
         loader = self.loader(stage)
-        terms, asked = [], dict[str, Teacher]()
-        for use in stage.terms:
-            for name in use.teachers:
-                asked.setdefault(name, self.teacher(name))
-            terms.append(_term(use, tuple(asked[name] for name in use.teachers)))
-        spec = self.recipe.models.get(stage.learns)
-        distiller = Distiller(
-            learner,
-            None,
-            terms,
-            example=loader.at(0),
-            task=self.task if stage.task_weight else None,
-            task_weight=stage.task_weight,
-            view=_view(stage.view),
-            taps=spec.taps if isinstance(spec, Net) else None,
-            seed=self.seed,
-            called=stage.learns,
+        looks = {name: spec.taps for name, spec in self.recipe.models.items() if isinstance(spec, Net)}
+        example, view = loader.at(0).to(self.device), _view(stage.view)
+        shown = example if view is None else view(example)
+        peers = {name: Peer(net, shown, taps=looks.get(name), called=name) for name, net in learners.items()}
+        asked: dict[str, Teacher] = dict(peers)
+        for name in [name for use in stage.terms for name in use.teachers]:
+            asked.setdefault(name, self.teacher(name))
+        cast = Cast(
+            learners,
+            example,
+            [_term(use, tuple(asked[name] for name in use.teachers)) for use in stage.terms],
+            self.task if stage.task_weight and self.task.headline else None,  # the task `none` has no loss
+            stage.task_weight,
+            view,
+            looks,
+            peers,
+            self.seed,
         )
-        scheme: Scheme = registry.find("scheme", stage.scheme)(distiller)
+        scheme: Scheme = registry.find("scheme", stage.scheme.name).staged(cast, **stage.scheme.knobs)
+        if stage.ships is not None:
+            mean = asked.get(stage.ships) or self.teacher(stage.ships)
+            assert isinstance(mean, MeanOf)  # the recipe was checked
+            scheme.mean = mean
         steps = stage.epochs * loader.steps
         paces = {
             player: _pace(stage, player, parameters, steps) for player, parameters in scheme.players().items()
         }
-        unknown = set(stage.optim) - set(paces)
+        unknown = set(stage.optim) - {*paces, "student"}  # the student's is everybody's who has none
         if unknown:
             raise Refused(f"`optim.{min(unknown)}` names no player; the players are {', '.join(paces)}.")
         return Engine(
@@ -92,6 +100,9 @@ class Lab:
             epochs=stage.epochs,
             seed=self.seed,
             accumulate=stage.accumulate,
+            clip=stage.clip,
+            precision=None if stage.precision is None else getattr(torch, stage.precision),
+            compile=stage.compile,
             device=self.device,
             stage=number,
         )
@@ -103,19 +114,26 @@ class Lab:
         if stage.rows == "labelled":
             kept = (data.y != IGNORE).nonzero()[:, 0]
             data = replace(data, x=data.x[kept], y=data.y[kept])
-        return Loader(data, stage.batch, seed=self.seed, epochs=stage.epochs)
+        augment = _view(stage.augment)
+        return Loader(
+            data,
+            stage.batch,
+            seed=self.seed,
+            epochs=stage.epochs,
+            per_class=stage.per_class,
+            augment=() if augment is None else (augment,),
+        )
 
-    def learner(self, stage: Stage) -> nn.Module:
-        """The network that learns; one made from another is made now, from what that is now."""
+    def learners(self, stage: Stage) -> dict[str, nn.Module]:
+        """The networks that learn, by name; one made from another is made now, from what that is now."""
         made = stage.learner
         if isinstance(made, Made):
-            origin = copy.deepcopy(
-                self.model(made.origin)
-            )  # whatever a change does, the origin stays as it is
+            # Whatever a change does, the origin stays as it is.
+            origin = copy.deepcopy(self.model(made.origin))
             with forked(self.seed, "made", made.name):
                 change = registry.find("model", made.change) if made.change != "copy" else None
                 self.models[made.name] = (origin if change is None else change(origin)).to(self.device)
-        return self.model(stage.learns)
+        return {name: self.model(name) for name in stage.learners}
 
     def model(self, name: str) -> nn.Module:
         if name not in self.models:
@@ -128,7 +146,7 @@ class Lab:
     def teacher(self, name: str) -> Teacher:
         spec = self.recipe.models.get(name)
         if isinstance(spec, Mean):
-            return MeanOf(self.model(spec.mean_of), decay=spec.decay)
+            return MeanOf(self.model(spec.mean_of), decay=spec.decay, view=_view(spec.view))
         if spec is not None and not isinstance(spec, Net):
             return Ensemble([self.teacher(other) for other in spec.ensemble], spec.weights)
         if spec is None:  # made by an earlier stage
@@ -137,7 +155,7 @@ class Lab:
             self.model(name),
             taps=spec.taps,
             view=_view(spec.view),
-            normalise=None if spec.normalise is None else (spec.normalise[0], spec.normalise[1]),
+            normalise=None if spec.normalise is None else self.splits.train.renormalised(*spec.normalise),
             precision=None if spec.precision is None else getattr(torch, spec.precision),
             columns=spec.columns,
             called=name,
@@ -147,7 +165,7 @@ class Lab:
 def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
     """Load the data, make every network with weights fixed by (seed, name). Raises `Refused`."""
     seed = recipe.seed if seed is None else seed
-    splits: Splits = _ours(recipe.data) if ":" not in recipe.data else registry.find("data", recipe.data)()
+    splits = _splits(recipe.data)
     models = {
         name: _network(name, spec, splits.train, seed).to(device)
         for name, spec in recipe.models.items()
@@ -156,10 +174,23 @@ def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
     return Lab(recipe, seed, splits, registry.find("task", recipe.task)(), models, torch.device(device))
 
 
+def _splits(data: Source) -> Splits:
+    return _load(data) if ":" in data.name else _ours(data.model_dump_json())
+
+
 @cache
-def _ours(name: str) -> Splits:
+def _ours(source: str) -> Splits:
     """A data set of ours, read once a process: rehearsals and a board's cells share it, nobody changes it."""
-    return registry.find("data", name)()
+    return _load(Source.model_validate_json(source))
+
+
+def _load(data: Source) -> Splits:
+    load, knobs = registry.find("data", data.name), data.knobs
+    own = data.valid is not None and "valid" in registry.knobs(load)
+    splits = as_splits(load(**knobs, **({"valid": data.valid} if own else {})))
+    if data.valid is not None and not own:
+        splits = splits.with_validation(data.valid, data.name)
+    return splits if data.seen is None else keep_unseen(splits, data.seen)
 
 
 def rehearse(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> None:
@@ -182,8 +213,14 @@ def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:
                 f"Model '{name}' ({spec.name}) cannot be made with {spec.knobs}: {error}."
             ) from error
     if spec.weights is not None:
-        _fit(model, checkpoint.load_weights(Path(spec.weights)), f"model '{name}'", spec.weights)
+        _fit(model, checkpoint.load_weights(_file(spec.weights)), f"model '{name}'", spec.weights)
     return model
+
+
+def _file(path: str) -> Path:
+    """A file where it is said to be, or on a shelf of data sets, where what came with them lies."""
+    places = [Path(path), *(shelf / path for shelf in shelves())]
+    return next((place for place in places if place.exists()), places[0])
 
 
 def _fit(model: nn.Module, weights: dict[str, torch.Tensor], called: str, source: str) -> None:
@@ -210,7 +247,7 @@ def _term(use: Use, teachers: tuple[Teacher, ...]) -> Term:
         registry.find("method", use.method)(**use.knobs),
         teachers,
         weight=use.weight,
-        ramp=None if use.ramp is None else Ramp(use.ramp.epochs, use.ramp.after, use.ramp.shape),
+        ramp=None if use.ramp is None else Ramp(**use.ramp.model_dump()),
         view=_view(use.view),
         through=tuple(_lens(lens) for lens in use.through),
         name=use.method if ":" not in use.method else "",
@@ -223,8 +260,22 @@ def _lens(name: str) -> Lens:
     return found() if isinstance(found, type) else found
 
 
-def _view(name: str | None) -> View | None:
-    return None if name is None else registry.find("view", name)
+def _view(chosen: list[Named]) -> View | None:
+    return _chain(tuple(view.model_dump_json() for view in chosen)) if chosen else None
+
+
+@cache
+def _chain(chosen: tuple[str, ...]) -> View:
+    """Views one after the other. The same ones are one object, so that a student is shown them once."""
+    views = [Named.model_validate_json(view) for view in chosen]
+    steps: list[View] = [partial(registry.find("view", view.name), **view.knobs) for view in views]
+    return steps[0] if len(steps) == 1 else partial(_through, steps)
+
+
+def _through(steps: list[View], batch: Batch) -> Batch:
+    for step in steps:
+        batch = step(batch)
+    return batch
 
 
 def _pace(stage: Stage, player: str, parameters: Any, steps: int) -> Pace:
@@ -252,11 +303,16 @@ def _pace(stage: Stage, player: str, parameters: Any, steps: int) -> Pace:
 
 def _course(spec: Optim, steps: int) -> Callable[[int], float]:
     """The factor on the learning rate at each of `steps` steps."""
-    if spec.schedule == "cosine":
-        return partial(_cosine, steps=steps)
-    marks = [math.ceil(m * steps) for m in spec.milestones] if spec.schedule == "steps" else []
-    return lambda step: spec.gamma ** sum(step >= mark for mark in marks)
+    marks = [math.ceil(m * steps) for m in spec.milestones]
+    rise = max(spec.warmup * steps, 1)
 
+    def factor(step: int) -> float:
+        risen = min((step + 1) / rise, 1.0)
+        match spec.schedule:
+            case "cosine":
+                return risen * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            case "steps":
+                return risen * spec.gamma ** sum(step >= mark for mark in marks)
+        return risen
 
-def _cosine(step: int, steps: int) -> float:
-    return 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return factor

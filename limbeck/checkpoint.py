@@ -7,16 +7,20 @@ leaves one of the two. One process at a time writes to a folder.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -128,11 +132,14 @@ def save_weights(path: Path, state_dict: dict[str, Tensor], about: dict[str, Any
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, on the CPU, checked against the JSON beside it, if any.
+    """The tensors of a safetensors file by name, on the CPU, checked against the JSON beside it, if any; or
+    the arrays of a NumPy `.npz`.
 
-    Raises `Refused` when the file is missing, damaged or not safetensors; a pickle is never opened.
+    Raises `Refused` when the file is missing, damaged or neither; a pickle is never opened.
     """
     data = _read(path, "a safetensors file", "correct the path")
+    if path.suffix == ".npz":
+        return _arrays(path, data)
     # The first bytes of safetensors are a count that may look like a pickle's; "{" always follows it.
     if data.startswith((b"PK", b"\x80")) and data[8:9] != b"{":
         found = "a pickle as torch.save writes it (opening one can run any code)"
@@ -150,6 +157,16 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that cannot be read
         fix = "write it again with safetensors.torch.save_file"
         raise _refusal(path, f"unreadable contents ({error})", "safetensors", fix) from error
+
+
+def _arrays(path: Path, data: bytes) -> dict[str, Tensor]:
+    """What a `.npz` holds; arrays of Python objects, which are pickles, are refused."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (ValueError, TypeError, EOFError, KeyError, OSError, BadZipFile, zlib.error) as error:
+        fix = "write it again with numpy.savez, or as safetensors"
+        raise _refusal(path, f"unreadable contents ({error})", "a .npz of plain arrays", fix) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

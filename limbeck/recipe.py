@@ -40,14 +40,46 @@ class Open(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Net(Open):
-    """A network: its name in `models/` or `package.module:factory`, its knobs, and how it is looked at when
-    it teaches."""
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Named(Open):
+    """Something by its name, in our folders or as `package.module:name`; further keys are its knobs."""
 
     name: str
+
+
+def _in_order(value: Any) -> Any:
+    return [_named(one) for one in value] if isinstance(value, list) else [_named(value)]
+
+
+Views = Annotated[list[Named], BeforeValidator(_in_order)]
+"""Views one after the other: a name, a table with the view's knobs, or a list of these."""
+
+
+class Source(Named):
+    """Data, by its name in `data/` or as `package.module:function`.
+
+    valid: draws the validation split anew, this share of every class. seen: the first so many classes are
+        learned from and tested on; what the test part has of the others is `unseen`, and scored for itself.
+    """
+
+    valid: float | None = Field(None, gt=0, lt=1)
+    seen: int | None = Field(None, ge=1)
+
+
+class Net(Named):
+    """A network: its name in `models/` or `package.module:factory`, its knobs, and how it is looked at when
+    it teaches.
+
+    normalise: the [mean, std] of pixel values in 0 … 1 that it was trained under, where they are not those of
+        the data.
+    """
+
     weights: str | None = None
     taps: dict[str, str] = {}
-    view: str | None = None
+    view: Views = []
     columns: list[int] | None = None
     normalise: Annotated[list[float | list[float]], Field(min_length=2, max_length=2)] | None = None
     precision: Literal["bfloat16", "float16"] | None = None
@@ -58,6 +90,7 @@ class Mean(Strict):
 
     mean_of: str
     decay: float = Field(0.999, ge=0, lt=1)
+    view: Views = []
 
 
 class Group(Strict):
@@ -68,11 +101,13 @@ class Group(Strict):
 
 
 class Growth(Strict):
-    """A weight's ramp: 0 for `after` epochs, full in the `epochs`-th one after that."""
+    """A weight's ramp: 0 for `after` epochs, full in the `epochs`-th one after that; the other way round if
+    it `falls`."""
 
     epochs: int = Field(ge=1)
     after: int = Field(0, ge=0)
     shape: Literal["linear", "cosine", "sigmoid"] = "linear"
+    falls: bool = False
 
 
 def _listed(value: Any) -> Any:
@@ -90,7 +125,7 @@ class Use(Open):
     )
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     ramp: Growth | None = None
-    view: str | None = None
+    view: Views = []
     through: list[str] = []
 
 
@@ -114,36 +149,64 @@ class Optim(Strict):
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     milestones: list[float] = [0.625, 0.75, 0.875]  # of the stage: epochs 150, 180, 210 of 240
     gamma: float = Field(0.1, gt=0, allow_inf_nan=False)
+    warmup: float = Field(0.0, ge=0, lt=1)  # share of the stage in which the rate grows from 0
 
 
 def _learner_kind(value: Any) -> str:
-    return "<made>" if isinstance(value, dict | Made) else "<name>"
+    kinds = {dict: "<made>", Made: "<made>", list: "<several>"}
+    return kinds.get(type(value), "<name>")
+
+
+Learner = Annotated[
+    Annotated[str, Tag("<name>")]
+    | Annotated[list[str], Field(min_length=1), Tag("<several>")]
+    | Annotated[Made, Tag("<made>")],
+    Discriminator(_learner_kind),
+]
 
 
 class Stage(Strict):
-    """Somebody learns for some epochs. Without terms it is ordinary training."""
+    """Somebody learns for some epochs. Without terms it is ordinary training.
 
-    learner: Annotated[
-        Annotated[str, Tag("<name>")] | Annotated[Made, Tag("<made>")], Discriminator(_learner_kind)
-    ]
+    learner: one model, several (for a scheme in which several learn: the first is what it ships), or one made
+        now. augment: views of the whole batch, which everybody sees. view: what only the learner sees.
+    rows: `labelled` leaves the others out. per_class: batches of whole classes, this many rows of each.
+    ships: the running mean (`mean_of`) of the learner that is taken in its place at the end.
+    clip: largest norm of a player's gradient. patience: epochs without a better validation score before the
+        stage ends. keep: whether the last or the best epoch's weights are taken.
+    """
+
+    learner: Learner
     epochs: int = Field(ge=1)
     batch: int = Field(64, ge=1)
     labels: int | None = Field(None, ge=0)
     rows: Literal["all", "labelled"] = "all"
+    per_class: int | None = Field(None, ge=1)
     terms: list[Use] = []
     task_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    scheme: str = "offline"
-    view: str | None = None
+    scheme: Annotated[Named, BeforeValidator(_named)] = Named(name="offline")
+    augment: Views = []
+    view: Views = []
+    ships: str | None = None
     accumulate: int = Field(1, ge=1)
+    clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    precision: Literal["bfloat16", "float16"] | None = None
+    compile: bool = False
+    patience: int | None = Field(None, ge=1)
+    keep: Literal["last", "best"] = "last"
     optim: dict[str, Optim] = {}
 
     @property
+    def learners(self) -> tuple[str, ...]:
+        """Who learns, by name."""
+        if isinstance(self.learner, Made):
+            return (self.learner.name,)
+        return (self.learner,) if isinstance(self.learner, str) else tuple(self.learner)
+
+    @property
     def learns(self) -> str:
-        return self.learner if isinstance(self.learner, str) else self.learner.name
-
-
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+        """The learner whose network the stage is there for: the first."""
+        return self.learners[0]
 
 
 def _model_kind(value: Any) -> str:
@@ -163,7 +226,7 @@ Model = Annotated[
 class Recipe(Strict):
     """What is to be done, whole: data, task, models by name, stages in order."""
 
-    data: str
+    data: Annotated[Source, BeforeValidator(_named)]
     task: str = "classify"
     seed: int = 0
     models: dict[str, Model]
@@ -184,30 +247,34 @@ class Recipe(Strict):
                 made.add(stage.learner.name)
                 known.append(stage.learner.name)
             else:
-                _known(f"stages.{n}.learner", stage.learner, known)
+                for learner in stage.learners:
+                    _known(f"stages.{n}.learner", learner, known)
+                if len(set(stage.learners)) < len(stage.learners):
+                    raise Refused(f"stages.{n}.learner names a model twice: {', '.join(stage.learners)}.")
+            if stage.ships is not None:
+                _known(f"stages.{n}.ships", stage.ships, known)
+                mean = self.models.get(stage.ships)
+                if not isinstance(mean, Mean) or mean.mean_of != stage.learns:
+                    raise Refused(
+                        f"stages.{n}.ships is '{stage.ships}', which is not a running mean of "
+                        f"'{stage.learns}'; name a model {{ mean_of = '{stage.learns}' }}."
+                    )
             for k, use in enumerate(stage.terms):
                 for teacher in use.teachers:
                     _known(f"stages.{n}.terms.{k}.teacher", teacher, known)
         for name, model in self.models.items():
             for other in _made_of(model):
                 _known(f"models.{name}", other, [*self.models, *made])
-            if name in self._within(name):
+            if name in self.within(name):
                 raise Refused(f"models.{name} is made of itself; an ensemble's members must be others.")
-        for n, stage in enumerate(self.stages):
-            for k, use in enumerate(stage.terms):
-                if any(stage.learns in {t, *self._within(t)} for t in use.teachers):
-                    raise Refused(
-                        f"stages.{n}.terms.{k} would let '{stage.learns}' teach itself; name another "
-                        "teacher, its running mean (`mean_of`), or a learner made from it."
-                    )
         return self
 
-    def _within(self, name: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    def within(self, name: str, seen: frozenset[str] = frozenset()) -> set[str]:
         """The models that an ensemble holds, at any depth. A mean is a copy: it holds nobody."""
         model = self.models.get(name)
         if not isinstance(model, Group) or name in seen:
             return set()
-        deeper = (self._within(other, seen | {name}) for other in model.ensemble)
+        deeper = (self.within(other, seen | {name}) for other in model.ensemble)
         return set(model.ensemble).union(*deeper)
 
     @property
@@ -302,29 +369,39 @@ def _known(where: str, name: str, known: Sequence[str]) -> None:
 def _check_knobs(recipe: Recipe) -> None:
     from limbeck import registry
 
+    def views(where: str, chosen: Sequence[Named]) -> None:
+        for view in chosen:
+            _fit_knobs(where, registry.find("view", view.name), view, given=("batch",))
+
     registry.find("task", recipe.task)
-    if ":" not in recipe.data:
-        registry.find("data", recipe.data)
+    _fit_knobs("data", registry.find("data", recipe.data.name), recipe.data)
     for name, model in recipe.models.items():
         if isinstance(model, Net):
-            _fit_knobs(
-                f"models.{name}",
-                registry.find("model", model.name),
-                model,
-                given=("classes", "channels", "size"),
-            )
-            if model.view:
-                registry.find("view", model.view)
+            factory = registry.find("model", model.name)
+            _fit_knobs(f"models.{name}", factory, model, given=("classes", "channels", "size"))
+        if not isinstance(model, Group):
+            views(f"models.{name}.view", model.view)
     for n, stage in enumerate(recipe.stages):
-        registry.find("scheme", stage.scheme)
-        if stage.view:
-            registry.find("view", stage.view)
+        scheme = registry.find("scheme", stage.scheme.name)
+        _fit_knobs(f"stages.{n}.scheme", scheme.staged, stage.scheme, given=("cast",))
+        views(f"stages.{n}.augment", stage.augment)
+        views(f"stages.{n}.view", stage.view)
         for k, use in enumerate(stage.terms):
-            _fit_knobs(f"stages.{n}.terms.{k}", registry.find("method", use.method), use)
+            where = f"stages.{n}.terms.{k}"
+            _refuse_own_teacher(where, recipe, stage, use, peers=scheme.learners_teach)
+            _fit_knobs(where, registry.find("method", use.method), use)
             for lens in use.through:
                 registry.find("lens", lens)
-            if use.view:
-                registry.find("view", use.view)
+            views(f"{where}.view", use.view)
+
+
+def _refuse_own_teacher(where: str, recipe: Recipe, stage: Stage, use: Use, peers: bool) -> None:
+    """Peers teach each other by name; an ensemble, which is in eval, would stop the learners in it."""
+    if any({*stage.learners} & {*([] if peers else [t]), *recipe.within(t)} for t in use.teachers):
+        raise Refused(
+            f"{where} would let '{stage.learns}' teach itself; name another teacher, its running mean "
+            "(`mean_of`), or a learner made from it."
+        )
 
 
 def _fit_knobs(where: str, factory: Any, spec: Open, given: Sequence[str] = ()) -> None:

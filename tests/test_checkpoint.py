@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -597,6 +598,25 @@ def test_a_dtype_torch_cannot_read(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"w": torch.zeros(2, dtype=torch.uint8).view(torch.float8_e8m0fnu)}, path)
     with refused(path, "F8_E8M0"):
+        load_weights(path)
+
+
+def test_arrays_of_numpy_are_weights_too(tmp_path: Path) -> None:
+    arrays = {"conv.weight": np.arange(6.0, dtype=np.float32).reshape(2, 3), "steps": np.array(7)}
+    np.savez(tmp_path / "w.npz", **arrays)  # type: ignore[arg-type]
+    found = load_weights(tmp_path / "w.npz")
+    assert same({name: torch.from_numpy(array) for name, array in arrays.items()}, found)
+
+
+@pytest.mark.parametrize("trouble", ["objects", "cut", "text"])
+def test_arrays_that_cannot_be_weights(tmp_path: Path, trouble: str) -> None:
+    path = tmp_path / "w.npz"
+    np.savez(path, w=np.array([{}], dtype=object) if trouble == "objects" else np.ones(9))
+    if trouble == "cut":
+        path.write_bytes(path.read_bytes()[:-30])
+    if trouble == "text":
+        path.write_text("no archive")
+    with refused(path, "unreadable contents", ".npz of plain arrays", "numpy.savez"):
         load_weights(path)
 
 

@@ -98,7 +98,7 @@ def test_a_file_is_read_with_its_changes(tmp_path: Path, whole: Recipe) -> None:
     path.write_text(TOML)
     assert read(path) == whole
     changed = read(path, ["stages.1.epochs=7", "seed = 4"])
-    assert (changed.stages[1].epochs, changed.seed, changed.data) == (7, 4, "digits")
+    assert (changed.stages[1].epochs, changed.seed, changed.data.name) == (7, 4, "digits")
 
 
 def test_the_recipes_we_ship_fit() -> None:
@@ -112,7 +112,7 @@ def test_names_and_defaults_are_filled_in(whole: Recipe) -> None:
     assert whole.task == "classify"
     first, second = whole.stages
     assert (first.learns, second.learns) == ("teacher", "small")
-    assert (first.batch, first.labels, first.rows, first.scheme, first.accumulate) == (
+    assert (first.batch, first.labels, first.rows, first.scheme.name, first.accumulate) == (
         64,
         None,
         "all",
