@@ -28,9 +28,12 @@ KINDS: dict[str, tuple[str, str | None, str]] = {
 
 def find(kind: str, name: str) -> Any:
     """The class or function called `name`, or the object at `package.module:name`. Raises `Refused` with the
-    near names."""
+    near names.
+
+    A model may also be `timm:NAME`, `hf:NAME` or an `nn.Module`; what is found is always a factory.
+    """
     if ":" in name:
-        return _outside(kind, name)
+        return _outside(kind, name) if kind != "model" else _outside_model(name)
     known = names(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -70,6 +73,13 @@ def knobs(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         for n, p in inspect.signature(factory).parameters.items()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     }
+
+
+def _outside_model(name: str) -> Any:
+    from limbeck.models.outside import SOURCES, factory  # late: torch is not waited for
+
+    source, _, rest = name.partition(":")
+    return SOURCES[source](rest) if source in SOURCES and rest else factory(name, _outside("model", name))
 
 
 def _outside(kind: str, path: str) -> Any:

@@ -1,14 +1,14 @@
-"""Grids are brought together by averaging the larger one; what shows no map is refused."""
+"""Grids are brought together by averaging the larger one; tokens are maps; what shows no map is refused."""
 
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
-from limbeck.pieces.maps import expect_maps, on_smaller_grid
+from limbeck.pieces.maps import as_map, expect_maps, on_smaller_grid, shown
 
 
 def maps(*shape: int, seed: int = 0) -> Tensor:
@@ -55,7 +55,7 @@ def test_equal_grids_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("s", "t"), [((2, 8, 4, 4), (2, 17, 16)), ((2, 17, 16), (2, 8, 4, 4)), ((2, 8), (2, 8))]
+    ("s", "t"), [((2, 8, 4, 4), (2, 18, 16)), ((2, 18, 16), (2, 8, 4, 4)), ((2, 8), (2, 8))]
 )
 def test_what_is_no_map_is_refused_with_both_shapes(s: tuple[int, ...], t: tuple[int, ...]) -> None:
     a_map = torch.zeros(2, 3, 4, 4)
@@ -70,6 +70,77 @@ def test_what_is_no_map_is_refused_with_both_shapes(s: tuple[int, ...], t: tuple
         assert part in str(caught.value)
 
 
-def test_maps_are_expected_only_where_one_looks() -> None:
+def test_maps_are_expected_only_where_one_looks_and_tokens_may_make_one() -> None:
     seen = Seen(None, {"stage1": torch.zeros(2, 3, 4, 4), "pooled": torch.zeros(2, 3)})
-    expect_maps("it", ("stage1",), seen, seen)
+    for tokens in (16, 17):
+        expect_maps("it", ("stage1",), seen, Seen(None, {"stage1": torch.zeros(2, tokens, 3)}))
+
+
+def test_both_layers_are_named_where_they_are_known() -> None:
+    student = nn.ModuleDict({"stages": nn.Sequential(nn.Identity(), nn.Identity())})
+    teacher = nn.ModuleDict({"layer2": nn.Identity()})
+    s = Seen(None, {"stage2": torch.zeros(8, 64, 192)}, None, student, {"stage2": student["stages"][1]})
+    t = Seen(None, {"stage2": torch.zeros(8, 32, 8, 8)}, None, teacher, {"stage2": teacher["layer2"]})
+    assert shown("stage2", s, t) == (
+        "tap 'stage2' (stages.1) shows (8, 64, 192) in the student and "
+        "tap 'stage2' (layer2) (8, 32, 8, 8) in the teacher"
+    )
+    stored = Seen(None, t.at)
+    assert shown("stage2", s, stored).endswith("and tap 'stage2' (8, 32, 8, 8) in the teacher")
+    by_path = Seen(None, {"layer2": t.at["stage2"]}, None, teacher, {"layer2": teacher["layer2"]})
+    assert shown("layer2", by_path, by_path).count("(layer2)") == 0  # said already
+
+
+# --- tokens ---
+
+
+def slow_map(x: Tensor, h: int, w: int) -> Tensor:
+    """The last h w tokens, laid out row by row."""
+    out = torch.empty(len(x), x.shape[2], h, w, dtype=x.dtype)
+    for i in range(h):
+        for j in range(w):
+            out[:, :, i, j] = x[:, x.shape[1] - h * w + i * w + j]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid", "made"),
+    [
+        (16, None, (4, 4)),
+        (17, None, (4, 4)),
+        (1, None, (1, 1)),
+        (6, (2, 3), (2, 3)),
+        (7, (3, 2), (3, 2)),
+        (17, (2, 8), (2, 8)),
+    ],
+    ids=["square", "class token", "one", "wide", "class token, tall", "told so"],
+)
+def test_tokens_are_laid_out_row_by_row(
+    tokens: int, grid: tuple[int, int] | None, made: tuple[int, int]
+) -> None:
+    x = maps(3, tokens, 5)
+    assert torch.equal(as_map(x, grid), slow_map(x, *made))
+
+
+def test_a_map_is_left_alone() -> None:
+    x = maps(2, 3, 5, 4)
+    assert as_map(x) is x
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "wanted"),
+    [
+        ((2, 18, 5), None, "square"),
+        ((2, 0, 5), None, "square"),
+        ((2, 17, 5), (3, 5), "3x5"),
+        ((2, 14, 5), (4, 4), "4x4"),
+        ((2, 5), None, "square"),
+        ((2, 3, 4, 4, 4), None, "square"),
+    ],
+)
+def test_what_makes_no_grid_is_refused(
+    shape: tuple[int, ...], grid: tuple[int, int] | None, wanted: str
+) -> None:
+    with pytest.raises(Refused) as caught:
+        as_map(torch.zeros(shape), grid)
+    assert f"{wanted} grid" in str(caught.value) and str(shape) in str(caught.value)

@@ -17,6 +17,7 @@ Departures from the paper:
   is taken, as RepDistiller and mdistiller do; the paper interpolates attention maps.
 - Of its attentions only $F^p_{sum}$, the one it uses, is here: neither the maximum over channels nor the
   gradient with respect to the input.
+- Tokens are looked at as the map that they make; the paper has none.
 - Beside KD its weight decays during training, in a way that it does not tell; here it stays.
 
 Departures from the official code (szagoruyko/attention-transfer, `cifar.py`), for the sake of numbers: the
@@ -36,7 +37,7 @@ from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
-from limbeck.pieces.maps import expect_maps, on_smaller_grid
+from limbeck.pieces.maps import as_map, expect_maps, on_smaller_grid
 
 
 def attention(x: Float[Tensor, "b c h w"], power: float = 2.0) -> Float[Tensor, "b n"]:
@@ -75,5 +76,5 @@ class AT(Method):
         expect_maps("at", self.taps, s, t)
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
-        pairs = [on_smaller_grid(s.at[tap], t.at[tap]) for tap in self.taps]
+        pairs = [on_smaller_grid(as_map(s.at[tap]), as_map(t.at[tap])) for tap in self.taps]
         return torch.stack([at(here, there, self.power) for here, there in pairs]).sum()

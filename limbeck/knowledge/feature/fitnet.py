@@ -22,7 +22,8 @@ Departures from the official code (adri-romsor/FitNets), besides these:
   common order. So the loss is not 0 when both show the same map, until the projector has learned to be the
   identity.
 
-Only maps (`b c h w`) are compared.
+Maps (`b c h w`) are compared, tokens as the map that they make, and vectors (`b d`) of both networks, then
+with a linear $r$.
 """
 
 from jaxtyping import Float
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.taps import Seen
-from limbeck.pieces.maps import expect_maps
+from limbeck.pieces.maps import as_map, expect_maps
 
 
 def hint(s: Float[Tensor, "b c h w"], t: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
@@ -50,10 +51,18 @@ class FitNet(Method):
         self.tap = tap
 
     def build(self, s: Seen, t: Seen, batch: Batch) -> None:
-        expect_maps("fitnet", (self.tap,), s, t)
-        self.project = nn.Conv2d(s.at[self.tap].shape[1], t.at[self.tap].shape[1], kernel_size=1)
+        if not s.at[self.tap].ndim == t.at[self.tap].ndim == 2:
+            expect_maps("fitnet", (self.tap,), s, t)
+        here, there = _map(s.at[self.tap]), _map(t.at[self.tap])
+        self.project = nn.Conv2d(here.shape[1], there.shape[1], kernel_size=1)
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
-        there = t.at[self.tap]
-        here = F.interpolate(self.project(s.at[self.tap]), size=there.shape[-2:], mode="bilinear")
+        here, there = self.project(_map(s.at[self.tap])), _map(t.at[self.tap])
+        if here.shape[-2:] != there.shape[-2:]:
+            here = F.interpolate(here, size=there.shape[-2:], mode="bilinear")
         return hint(here, there)
+
+
+def _map(x: Tensor) -> Float[Tensor, "b c h w"]:
+    """A vector is a map of one place."""
+    return x[:, :, None, None] if x.ndim == 2 else as_map(x)

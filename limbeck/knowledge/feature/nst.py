@@ -21,6 +21,7 @@ Departures from the paper:
 - Of its three kernels only the polynomial one ($d = 2$, $c = 0$), which alone the official code kept; neither
   the linear nor the Gaussian.
 - When grids differ, the larger map is averaged down to the smaller by adaptive pooling, as RepDistiller does.
+- Tokens are looked at as the map that they make; the paper has none.
 
 Departures from the official code (TuSimple/neuron-selectivity-transfer, `symbol/transfer.py`):
 - It leaves out the teacher's own term, which is constant; without it the loss is not 0 at a match.
@@ -43,7 +44,7 @@ from torch.nn import functional as F
 from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.taps import Seen
-from limbeck.pieces.maps import expect_maps, on_smaller_grid
+from limbeck.pieces.maps import as_map, expect_maps, on_smaller_grid
 
 
 def nst(s: Float[Tensor, "b c_s h w"], t: Float[Tensor, "b c_t h w"]) -> Float[Tensor, ""]:
@@ -79,4 +80,5 @@ class NST(Method):
         expect_maps("nst", self.taps, s, t)
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
-        return torch.stack([nst(*on_smaller_grid(s.at[tap], t.at[tap])) for tap in self.taps]).sum()
+        pairs = [on_smaller_grid(as_map(s.at[tap]), as_map(t.at[tap])) for tap in self.taps]
+        return torch.stack([nst(here, there) for here, there in pairs]).sum()

@@ -32,6 +32,7 @@ Departures from the paper:
 Departures from the official code (clovaai/overhaul-distillation):
 - Where grids differ the teacher's map is averaged over the student's cells, as in mdistiller; there they
   never do.
+- A student's tokens are compared as the map that they make; a teacher's come with no BatchNorm for margins.
 - A channel whose $\gamma$ is 0 has the margin $\min(\beta, 0)$; there it is a division by 0.
 """
 
@@ -46,7 +47,7 @@ from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
-from limbeck.pieces.maps import expect_maps
+from limbeck.pieces.maps import as_map, expect_maps, shown
 
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
@@ -125,38 +126,36 @@ class OFD(Method):
         expect_maps("ofd", self.taps, s, t)
         self.connectors = nn.ModuleList()
         for place, tap in enumerate(self.taps):
-            here, there = s.at[tap].shape, t.at[tap].shape
-            shown = f"tap '{tap}' shows {tuple(here)} in the student and {tuple(there)} in the teacher"
             if not (t.at[tap] < 0).any():
                 raise Refused(
-                    f"Method 'ofd' compares layers in front of their ReLU, and {shown}, where nothing is "
-                    "below 0; tap what the ReLU is given, often the BatchNorm before it."
+                    f"Method 'ofd' compares layers in front of their ReLU, and {shown(tap, s, t)}, where "
+                    "nothing is below 0; tap what the ReLU is given, often the BatchNorm before it."
                 )
-            norm = _norm_before(t, tap, self.norms[place] if self.norms else "")
-            self.connectors.append(Connector(here[1], _margins_of(norm)))
+            norm = _norm_before(s, t, tap, self.norms[place] if self.norms else "")
+            self.connectors.append(Connector(as_map(s.at[tap]).shape[1], _margins_of(norm)))
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
         last = len(self.taps) - 1
         losses = [
-            connector(s.at[tap], t.at[tap]) / 2 ** (last - place)
+            connector(as_map(s.at[tap]), as_map(t.at[tap])) / 2 ** (last - place)
             for place, (tap, connector) in enumerate(zip(self.taps, self.connectors, strict=True))
         ]
         return self.scale * torch.stack(losses).sum()
 
 
-def _norm_before(t: Seen, tap: str, name: str) -> Norm:
+def _norm_before(s: Seen, t: Seen, tap: str, name: str) -> Norm:
     """The teacher's BatchNorm whose output a ReLU cuts: the one of that name, or the only one in the tap."""
     assert t.model is not None
     table = getattr(t.model, "TAPS", {})
     name = name or (f"{tap}_norm" if f"{tap}_norm" in table else "")
     module = t.model.get_submodule(table.get(name, name)) if name else t.modules[tap]
-    width = t.at[tap].shape[1]
+    width = as_map(t.at[tap]).shape[1]
     norms = [m for m in module.modules() if isinstance(m, Norm) and m.num_features == width]
     if len(norms) != 1:
         raise Refused(
             f"Method 'ofd' takes margins from the BatchNorm in front of a ReLU, and '{name or tap}' of the "
             f"teacher is a {type(module).__name__} with {len(norms)} BatchNorms of {width} channels, "
-            "expected one; tap it, or name it in `norms`."
+            f"expected one ({shown(tap, s, t)}); tap it, or name it in `norms`."
         )
     return norms[0]
 

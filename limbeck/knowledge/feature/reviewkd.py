@@ -31,6 +31,7 @@ Departures from that code:
 - It is told each pair's shapes; here they are read off the example.
 - $A$ sees its two halves one after the other, $f_{l+1}$ before it is resized, and the pyramid averages the
   gap and not two maps: the same numbers in less memory.
+- Tokens are reviewed as the map that they make; the paper has none.
 - The shorter side of a map says which levels are left out; there, the height does.
 
 BatchNorm compares the rows of a batch, here as in the student itself. A pooled feature has one number a
@@ -46,6 +47,7 @@ from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
+from limbeck.pieces.maps import as_map, shown
 
 
 def hcl(
@@ -90,8 +92,8 @@ class ABF(nn.Module):
 class ReviewKD(Method):
     """The student's stages, from deep to shallow, reviewed against the teacher's.
 
-    taps: from shallow to deep, maps or pooled features. width: of what goes from stage to stage, at most;
-        the deepest tap's width when that is less. levels: of the pyramid below the map itself.
+    taps: from shallow to deep, maps, tokens or pooled features. width: of what goes from stage to stage, at
+        most; the deepest tap's width when that is less. levels: of the pyramid below the map itself.
     """
 
     card = Card(
@@ -118,18 +120,19 @@ class ReviewKD(Method):
         self.taps, self.width, self.levels = tuple(taps), width, tuple(levels)
 
     def build(self, s: Seen, t: Seen, batch: Batch) -> None:
+        widths = []
         for tap in self.taps:
-            here, there = s.at[tap].shape, t.at[tap].shape
-            if not {len(here), len(there)} <= {2, 4}:
+            try:
+                widths.append((_as_map(s.at[tap]).shape[1], _as_map(t.at[tap]).shape[1]))
+            except Refused:
                 raise Refused(
-                    "Method 'reviewkd' compares maps (rows, channels, height, width) and pooled features "
-                    f"(rows, channels), and tap '{tap}' shows {tuple(here)} in the student and "
-                    f"{tuple(there)} in the teacher; tap layers that show such."
-                )
-        width = min(self.width, s.at[self.taps[-1]].shape[1])
+                    "Method 'reviewkd' compares maps (rows, channels, height, width), tokens of a square "
+                    "grid (rows, tokens, width) and pooled features (rows, channels), and "
+                    f"{shown(tap, s, t)}; tap layers that show such."
+                ) from None
+        width = min(self.width, widths[-1][0])
         self.reviews = nn.ModuleList(
-            ABF(s.at[tap].shape[1], width, t.at[tap].shape[1], fuses=place > 0)
-            for place, tap in enumerate(self.taps[::-1])
+            ABF(here, width, there, fuses=place > 0) for place, (here, there) in enumerate(widths[::-1])
         )
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
@@ -150,5 +153,5 @@ def _resized(x: Float[Tensor, "b c h w"], grid: torch.Size) -> Float[Tensor, "b 
     return x if x.shape[-2:] == grid else F.interpolate(x, size=grid, mode="nearest")
 
 
-def _as_map(x: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c h w"]:
-    return x[:, :, None, None] if x.ndim == 2 else x
+def _as_map(x: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b channels h w"]:
+    return x[:, :, None, None] if x.ndim == 2 else as_map(x)

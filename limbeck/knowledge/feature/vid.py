@@ -20,7 +20,8 @@ Departures from the paper:
 - $\mu$ is three 1x1 convolutions without bias, with ReLUs between, as wide as the teacher's map; variances
   begin at 5, and $\epsilon = 10^{-5}$. These are RepDistiller's, which had them from the authors, whose own
   repository is gone.
-- Only maps are told; the paper tells vectors (pooled features, logits) too.
+- Only maps are told, and tokens as the map that they make; the paper tells vectors (pooled features, logits)
+  too.
 - When grids differ, the larger map is averaged down to the smaller by adaptive pooling, as RepDistiller does.
 
 Departures from RepDistiller (`distiller_zoo/VID.py`): $\log(1 + e^\alpha)$ does not overflow, and gaps are
@@ -40,7 +41,7 @@ from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
-from limbeck.pieces.maps import expect_maps, on_smaller_grid
+from limbeck.pieces.maps import as_map, expect_maps, on_smaller_grid
 
 EPSILON = 1e-5
 """No variance is smaller: a channel that is told exactly would pull its own to 0, and the loss to -inf."""
@@ -97,13 +98,13 @@ class VID(Method):
 
     def build(self, s: Seen, t: Seen, batch: Batch) -> None:
         expect_maps("vid", self.taps, s, t)
-        widths = [(s.at[tap].shape[1], t.at[tap].shape[1]) for tap in self.taps]
+        widths = [(as_map(s.at[tap]).shape[1], as_map(t.at[tap]).shape[1]) for tap in self.taps]
         self.gaussians = nn.ModuleList(Gaussian(here, there, self.variance) for here, there in widths)
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
         losses = []
         for tap, gaussian in zip(self.taps, self.gaussians, strict=True):
-            here, there = on_smaller_grid(s.at[tap], t.at[tap])
+            here, there = on_smaller_grid(as_map(s.at[tap]), as_map(t.at[tap]))
             mean, variance = gaussian(here)
             losses.append(vid(mean, there, variance))
         return torch.stack(losses).sum()

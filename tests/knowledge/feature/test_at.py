@@ -173,9 +173,18 @@ def test_adds_up_its_taps_and_averages_the_larger_grid() -> None:
     assert AT(3, ["stage2"]).loss(here, there, batch).item() == pytest.approx(cubed, rel=1e-12)
 
 
-def test_tokens_are_refused_with_both_shapes() -> None:
-    s, t = Seen(None, {"stage2": maps(2, 3, 4, 4)}), Seen(None, {"stage2": maps(2, 16, 3)})
-    with pytest.raises(Refused, match=r"'at'.*'stage2'.*\(2, 3, 4, 4\).*\(2, 16, 3\)"):
+def test_tokens_are_the_map_that_they_make() -> None:
+    s, t = maps(2, 3, 4, 4), maps(2, 5, 4, 4, seed=1)
+    tokens = Seen(None, {"stage2": torch.cat([maps(2, 1, 3, seed=2), s.flatten(2).mT], 1)})
+    there, batch, method = Seen(None, {"stage2": t}), Batch(s), AT(taps=["stage2"])
+    for here, other in ((tokens, there), (there, tokens)):
+        method.build(here, other, batch)
+        assert method.loss(here, other, batch).item() == pytest.approx(slow_at(s, t), rel=1e-12)
+
+
+def test_tokens_of_no_grid_are_refused_with_both_shapes() -> None:
+    s, t = Seen(None, {"stage2": maps(2, 3, 4, 4)}), Seen(None, {"stage2": maps(2, 18, 3)})
+    with pytest.raises(Refused, match=r"'at'.*'stage2'.*\(2, 3, 4, 4\).*\(2, 18, 3\)"):
         AT(taps=("stage2",)).build(s, t, Batch(s.at["stage2"]))
 
 

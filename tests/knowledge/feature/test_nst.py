@@ -226,9 +226,18 @@ def test_looks_at_the_last_map_or_adds_up_its_taps() -> None:
         assert method.loss(here, there, batch).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_tokens_are_refused_with_both_shapes() -> None:
-    s, t = Seen(None, {"stage3": maps(2, 16, 3)}), Seen(None, {"stage3": maps(2, 3, 4, 4)})
-    with pytest.raises(Refused, match=r"'nst'.*'stage3'.*\(2, 16, 3\).*\(2, 3, 4, 4\)"):
+def test_tokens_are_the_map_that_they_make() -> None:
+    s, t = maps(2, 3, 4, 4), maps(2, 5, 4, 4, seed=1)
+    tokens = Seen(None, {"stage3": torch.cat([maps(2, 1, 3, seed=2), s.flatten(2).mT], 1)})
+    there, batch = Seen(None, {"stage3": t}), Batch(s)
+    for here, other in ((tokens, there), (there, tokens)):
+        NST().build(here, other, batch)
+        assert NST().loss(here, other, batch).item() == pytest.approx(slow_nst(s, t), rel=1e-12)
+
+
+def test_tokens_of_no_grid_are_refused_with_both_shapes() -> None:
+    s, t = Seen(None, {"stage3": maps(2, 18, 3)}), Seen(None, {"stage3": maps(2, 3, 4, 4)})
+    with pytest.raises(Refused, match=r"'nst'.*'stage3'.*\(2, 18, 3\).*\(2, 3, 4, 4\)"):
         NST().build(s, t, Batch(s.at["stage3"]))
 
 

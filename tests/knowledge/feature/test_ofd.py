@@ -196,6 +196,33 @@ def test_the_loss_equals_the_loop(grid: int) -> None:
     assert method.loss(s, t, BATCH).item() == pytest.approx(1e-3 * total, rel=1e-10)
 
 
+def test_a_students_tokens_are_the_map_that_they_make() -> None:
+    torch.manual_seed(1)
+    method, s, t = built(Tower((2, 3, 4), 8), Tower((4, 3, 5)))
+    front = torch.ones(3, 1, 1, dtype=torch.float64)
+    tokens = {
+        tap: torch.cat([front.expand(-1, -1, v.shape[1]), v.flatten(2).mT], 1) for tap, v in s.at.items()
+    }
+    again = OFD()
+    again.build(Seen(None, tokens), t, BATCH)
+    again.double().load_state_dict(method.state_dict())
+    torch.testing.assert_close(again.loss(Seen(None, tokens), t, BATCH), method.loss(s, t, BATCH))
+
+
+def test_a_teacher_of_tokens_has_no_batchnorm_and_both_layers_are_named() -> None:
+    layer = nn.Linear(5, 5)
+    teacher = nn.Sequential(layer)
+    t = Seen(None, {"stage1": -torch.ones(2, 16, 5)}, None, teacher, {"stage1": layer})
+    s = Seen(None, {"stage1": torch.ones(2, 3, 4, 4)}, None, teacher, {"stage1": layer})
+    with pytest.raises(Refused, match="with 0 BatchNorms of 5 channels") as caught:
+        OFD(taps=("stage1",)).build(s, t, BATCH)
+    for part in (
+        "tap 'stage1' (0) shows (2, 3, 4, 4) in the student",
+        "'stage1' (0) (2, 16, 5) in the teacher",
+    ):
+        assert part in str(caught.value)
+
+
 def test_the_margins_are_those_of_the_teachers_batchnorms() -> None:
     torch.manual_seed(1)
     teacher = Tower((4, 3, 5))
@@ -370,7 +397,7 @@ class Sum(Residual):
 
 @pytest.mark.parametrize(
     ("s", "t"),
-    [((2, 8, 4, 4), (2, 17, 16)), ((2, 17, 16), (2, 8, 4, 4)), ((2, 17, 16), (2, 17, 16)), ((2, 8), (2, 8))],
+    [((2, 8, 4, 4), (2, 18, 16)), ((2, 18, 16), (2, 8, 4, 4)), ((2, 18, 16), (2, 18, 16)), ((2, 8), (2, 8))],
 )
 def test_what_is_no_map_is_refused_with_both_shapes(s: tuple[int, ...], t: tuple[int, ...]) -> None:
     with pytest.raises(Refused) as caught:
@@ -399,7 +426,9 @@ def pair() -> tuple[CNN, CNN, Tensor]:
 def test_a_tap_behind_the_relu_is_refused(pair: tuple[CNN, CNN, Tensor]) -> None:
     """It holds the right BatchNorm, and shows what is left of its output."""
     student, teacher, x = pair
-    with pytest.raises(Refused, match=r"'stage1' shows \(8, 4, 8, 8\) in the student .*nothing is below 0"):
+    with pytest.raises(
+        Refused, match=r"'stage1' \(stages.0\) shows \(8, 4, 8, 8\) in the student .*nothing is"
+    ):
         Distiller(student, teacher, OFD(taps=("stage1",)), example=(x, None), task=None)
 
 

@@ -285,13 +285,22 @@ def test_finite_for_constant_maps(flat: str) -> None:
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, shown))
 
 
+def test_tokens_are_the_map_that_they_make() -> None:
+    s, t = seen(S), seen(T, seed=9)
+    expected = built(s, t).loss(s, t, BATCH)
+    tokens_s = Seen(None, s.at | {"stage2": torch.cat([maps(3, 1, 5), s.at["stage2"].flatten(2).mT], 1)})
+    tokens_t = Seen(None, t.at | {"stage1": t.at["stage1"].flatten(2).mT})
+    for here, there in ((tokens_s, t), (s, tokens_t), (tokens_s, tokens_t)):
+        torch.testing.assert_close(built(here, there).loss(here, there, BATCH), expected)
+
+
 # --- what does not fit ---
 
 
 @pytest.mark.parametrize(
-    ("s", "t"), [((3, 16, 8), (3, 16, 8)), ((3, 8, 4, 4), (3, 16, 8)), ((3, 16, 8), (3, 8))]
+    ("s", "t"), [((3, 18, 8), (3, 18, 8)), ((3, 8, 4, 4), (3, 18, 8)), ((3, 18, 8), (3, 8))]
 )
-def test_tokens_are_refused_with_both_shapes(s: tuple[int, ...], t: tuple[int, ...]) -> None:
+def test_tokens_of_no_grid_are_refused_with_both_shapes(s: tuple[int, ...], t: tuple[int, ...]) -> None:
     with pytest.raises(Refused) as caught:
         built(Seen(None, {"block3": torch.zeros(s)}), Seen(None, {"block3": torch.zeros(t)}))
     for part in ("'reviewkd'", "'block3'", f"{s} in the student", f"{t} in the teacher"):

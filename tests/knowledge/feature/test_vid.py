@@ -207,9 +207,19 @@ def test_gaps_of_half_precision_maps_are_taken_in_float32() -> None:
     assert vid(mean, t, variance) == vid(mean.float(), t.float(), variance)
 
 
-def test_tokens_are_refused_with_both_shapes() -> None:
-    with pytest.raises(Refused, match=r"'vid'.*'a'.*\(2, 3, 4, 4\).*\(2, 16, 3\)"):
-        built({"a": maps(2, 3, 4, 4)}, {"a": maps(2, 16, 3)})
+def test_tokens_are_the_map_that_they_make() -> None:
+    s, t = maps(3, 2, 4, 4), maps(3, 5, 2, 2, seed=1)
+    tokens_s = torch.cat([maps(3, 1, 2, seed=2), s.flatten(2).mT], 1)
+    expected = built({"a": s}, {"a": t}).loss(Seen(None, {"a": s}), Seen(None, {"a": t}), Batch(s))
+    for here, there in ((tokens_s, t), (s, t.flatten(2).mT)):
+        method = built({"a": here}, {"a": there})
+        loss = method.loss(Seen(None, {"a": here}), Seen(None, {"a": there}), Batch(s))
+        torch.testing.assert_close(loss, expected)
+
+
+def test_tokens_of_no_grid_are_refused_with_both_shapes() -> None:
+    with pytest.raises(Refused, match=r"'vid'.*'a'.*\(2, 3, 4, 4\).*\(2, 18, 3\)"):
+        built({"a": maps(2, 3, 4, 4)}, {"a": maps(2, 18, 3)})
 
 
 class Net(nn.Module):
