@@ -12,16 +12,18 @@ $$L = \lambda_D \operatorname*{mean}_{i,j}\, l_\delta\big(\psi_D(s), \psi_D(t)\b
 
 Each network is divided by its own $\mu$, and gradient passes through the student's.
 
-Weights: 25 and 50 are those of RepDistiller (`distiller_zoo/RKD.py`) and mdistiller (`distillers/RKD.py`)
-for classification, on the pooled feature. For metric learning the authors use 1 and 2 on the final
-embedding, with no task loss and the student not L2-normalised; for other data they advise to try 25 to
-100 (lenscloth/RKD#6).
+Defaults are those for classification, on the pooled feature: weights 25 and 50, of RepDistiller
+(`distiller_zoo/RKD.py`) and mdistiller (`distillers/RKD.py`), where neither network's feature is normalised.
+For other data the authors advise to try 25 to 100 (lenscloth/RKD#6). For metric learning they use 1 and 2 on
+the final embedding, with no task loss, the teacher's embedding L2-normalised and the student's not, which did
+better (on the sphere of unit vectors distances are bounded): `{ method = "rkd", distance = 1, angle = 2,
+tap = "head", normalise_teacher = true }`.
 
 Departures from the paper:
 - Means for its sums, so that weights do not depend on the batch size. As in the official code they are
   over all $b^2$ pairs and $b^3$ triples, degenerate ones too (`i = j`, `i = k`, …);
   `mask_degenerate=True` averages over pairs and triples of distinct rows.
-- The triplet loss of its metric-learning runs is a task, and no part of this file.
+- The triplet loss of its metric-learning runs is the task `retrieve`, and no part of this file.
 
 Departures from the official code (lenscloth/RKD, `metric/loss.py`), all for the sake of numbers:
 - Rows that coincide up to rounding are at distance 0 (there 1e-6). Directions between them are 0, as
@@ -46,6 +48,8 @@ from limbeck.core import across
 from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.taps import Seen
+from limbeck.pieces.distances import distances, squared_distances
+from limbeck.pieces.similarity import unit
 
 DENSE = 64
 """Up to this many rows all b³ angles are held at once, in plain autograd: a few megabytes."""
@@ -88,9 +92,7 @@ def angle(
 
 def relative_distances(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
     r"""$\psi_D$: distances between rows in units of their mean over $i \ne j$, in float64."""
-    square = _squares(x)
-    apart = square > 0
-    length = torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)  # at 0 sqrt has no gradient
+    length = distances(x)
     mean = length.sum() / max(len(x) * (len(x) - 1), 1)
     return length / mean.clamp(min=torch.finfo(mean.dtype).tiny)
 
@@ -122,14 +124,17 @@ class RKD(Method):
         angle: float = 50.0,
         tap: str = "pooled",
         mask_degenerate: bool = False,
+        normalise_teacher: bool = False,
     ) -> None:
         super().__init__()
         self.distance, self.angle = distance, angle
         self.tap = tap
-        self.mask_degenerate = mask_degenerate
+        self.mask_degenerate, self.normalise_teacher = mask_degenerate, normalise_teacher
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Float[Tensor, ""]:
         here, there = (across.gather(seen.at[self.tap].flatten(1)) for seen in (s, t))
+        if self.normalise_teacher:
+            there = unit(there)
         loss = self.distance * distance(here, there, self.mask_degenerate)
         if self.angle:  # the cubic part, not to be paid for when off
             loss = loss + self.angle * angle(here, there, self.mask_degenerate)
@@ -140,24 +145,10 @@ def _exact(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _squares(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
-    """Squared distances in float64; exactly 0 on the diagonal and where rows coincide up to rounding."""
-    x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Apple's GPUs know no float64
-    with torch.autocast(x.device.type, enabled=False):
-        x = x - x.mean(0)  # moves nothing apart, but keeps small what cancels below
-        gram = x @ x.T
-    norm = x.square().sum(1)  # not gram.diagonal(): torch 2.13's inductor gets that view's gradient wrong
-    norms = norm[:, None] + norm
-    square = norms - 2 * gram
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    same = itself | (square <= 512 * torch.finfo(x.dtype).eps * norms)
-    return square.masked_fill(same, 0.0)
-
-
 def _half_squares(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
     """Half the squared distances, in units of their mean so that float32 can hold them. Angles do not depend
     on the unit, so it needs no gradient."""
-    square = _squares(x)
+    square = squared_distances(x)
     mean = square.detach().mean()
     return 0.5 * square / mean.clamp(min=torch.finfo(mean.dtype).tiny)
 

@@ -315,6 +315,17 @@ def test_weighs_distance_and_angle():
     torch.testing.assert_close(RKD(angle=0).loss(seen(s), seen(t), batch), 25 * distance(s, t))
 
 
+def test_the_teacher_is_normalised_when_asked_and_the_student_never():
+    s, t, batch = rows(6, 4), rows(6, 5, seed=1), Batch(rows(6, 1))
+    lengths = torch.arange(1.0, 7, dtype=torch.float64)[:, None]
+    expected = RKD().loss(seen(s), seen(F.normalize(t)), batch)
+    asked = RKD(normalise_teacher=True)
+    torch.testing.assert_close(asked.loss(seen(s), seen(t), batch), expected)
+    torch.testing.assert_close(asked.loss(seen(s), seen(lengths * t), batch), expected)
+    assert (RKD().loss(seen(s), seen(lengths * t), batch) - expected).abs() > 0.1
+    assert (asked.loss(seen(lengths * s), seen(t), batch) - expected).abs() > 0.1
+
+
 def test_flattens_maps():
     s, t, batch = rows(6, 24), rows(6, 5, seed=1), Batch(rows(6, 1))
     flat = RKD().loss(seen(s), seen(t), batch)
