@@ -8,7 +8,8 @@ goes on where it was.
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,21 @@ from urllib.parse import quote
 from pydantic import Field
 from scipy import stats
 
-from limbeck import build, checkpoint, recipe, registry
+from limbeck import answers, build, checkpoint, recipe, registry
 from limbeck.core.refused import Refused
-from limbeck.run import Moment, Run, Stopped, environment
+from limbeck.data.loader import Loader
+from limbeck.run import Moment, Run, Stopped
 
 CONTROL = "control"
 
 
 class Arms(recipe.Strict):
-    """A board as data: a recipe, seeds, and for each arm what its last stage does differently. `control` (no
-    terms) is always there."""
+    """A board as data: a recipe, seeds, and for each arm what its last stage does differently, or the file
+    whose arms are taken. `control` (no terms) is always there."""
 
     recipe: str | dict[str, Any]
     seeds: list[int] = Field([0, 1, 2], min_length=1)
-    arms: dict[str, dict[str, Any]]
+    arms: dict[str, dict[str, Any]] | str
     title: str = ""
 
 
@@ -68,6 +70,11 @@ class Board:
         self.plans = {name: _arm(whole, name, changes) for name, changes in self.changes.items()}
         if len(set(seeds)) < len(seeds):
             raise Refused(f"The seeds {seeds} repeat; give each once.")
+        if not registry.find("task", whole.task).headline:
+            raise Refused(
+                f"A board compares scores, and the task '{whole.task}' has none; choose a task that scores, "
+                "or run the recipe alone: limbeck run."
+            )
         self.whole = whole
         self._stop = False
         self._run: Run | None = None
@@ -92,38 +99,43 @@ class Board:
     def moments(self) -> Iterator[tuple[Cell, Moment | None]]:
         """Compute what is missing, yielding between batches, and (cell, None) when a cell is finished."""
         for cell in self.cells():
+            began = time.perf_counter(), time.process_time()
             run = self._run = self._cell_run(cell)
             if self._stop:
                 run.stop()
             try:
                 for moment in run.moments():
                     yield cell, moment
+                self._ask_teacher(cell, run)
             except Stopped:
                 where = f"in arm '{cell.arm}'" if cell.arm else "before the arms"
                 raise Stopped(
                     f"Stopped {where}, seed {cell.seed}; the same `limbeck board` goes on."
                 ) from None
+            finally:
+                self._add_cost(time.perf_counter() - began[0], time.process_time() - began[1])
             yield cell, None
 
     def scores(self, cell: Cell) -> dict[str, float]:
         """The final scores of a finished cell."""
-        return self._finished(self._cell_folder(cell.arm, cell.seed))["scores"]
+        return self._finished(self.cell_folder(cell.arm, cell.seed))["scores"]
 
     def _cell_run(self, cell: Cell) -> Run:
-        shared = self._cell_folder(None, cell.seed)
+        shared = self.cell_folder(None, cell.seed)
         if cell.arm is None:
             first = self.whole.model_copy(update={"stages": self.whole.stages[:-1]})
             return Run(first, shared, seed=cell.seed, device=self.device)
         after = shared if len(self.whole.stages) > 1 else None
         return Run(
             self.plans[cell.arm],
-            self._cell_folder(cell.arm, cell.seed),
+            self.cell_folder(cell.arm, cell.seed),
             seed=cell.seed,
             device=self.device,
             after=after,
         )
 
-    def _cell_folder(self, arm: str | None, seed: int) -> Path:
+    def cell_folder(self, arm: str | None, seed: int) -> Path:
+        """Where a cell's run lies."""
         if arm is None:
             return self.folder / "shared" / str(seed)
         return self.folder / "cells" / quote(arm, safe=" ") / str(seed)
@@ -131,12 +143,32 @@ class Board:
     def _finished(self, folder: Path) -> dict[str, Any]:
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
+    def _add_cost(self, wall: float, cpu: float) -> None:
+        """Seconds of all sittings so far; a finished board that is only looked at again adds next to none."""
+        before = self._cost() or {"wall": 0.0, "cpu": 0.0}
+        total = {"wall": before["wall"] + wall, "cpu": before["cpu"] + cpu}
+        checkpoint.write_atomic(self.folder / "cost.json", json.dumps(total).encode())
+
+    def _cost(self) -> dict[str, float] | None:
+        path = self.folder / "cost.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def said(self) -> dict[str, Any]:
+        """What the board compares, as plain data, before anything is computed."""
+        return {
+            "title": self.title,
+            "seeds": self.seeds,
+            "control": CONTROL,
+            "recipe": self.whole.model_dump(mode="json", by_alias=True),
+            "arms": [{"name": name, "changes": dict(changes)} for name, changes in self.changes.items()],
+        }
+
     def result(self) -> dict[str, Any]:
         """The finished board as plain data; also written to `board.json`."""
         metric = f"test.{registry.find('task', self.whole.task).headline}"
         rows, control = [], None
         for name, plan in self.plans.items():
-            folders = [self._cell_folder(name, seed) for seed in self.seeds]
+            folders = [self.cell_folder(name, seed) for seed in self.seeds]
             results = [self._finished(folder) for folder in folders]
             scores = [r["scores"][metric] for r in results]
             control = scores if name == CONTROL else control
@@ -149,29 +181,117 @@ class Board:
                     "mean": statistics.fmean(scores),
                     "sd": _sd(scores),
                     "difference": None if name == CONTROL else paired(scores, control),
+                    "last": _at("last", results, metric),
+                    "best": _at("best", results, metric),
                     "seconds": statistics.fmean(r["seconds"] for r in results),
                     "parameters": results[0]["parameters"],
                     "curves": [_curve(folder, len(plan.stages) - 1) for folder in folders],
                 }
             )
+        content = self.whole.model_dump(mode="json", by_alias=True)
+        data = content["data"]
         board = {
             "title": self.title,
-            "data": self.whole.data,
+            "data": data["name"] if isinstance(data, dict) else data,
             "metric": metric,
             "seeds": self.seeds,
             "control": CONTROL,
             "arms": rows,
             "teachers": self._teachers(metric),
-            "recipe": self.whole.model_dump(mode="json", by_alias=True),
-            "environment": environment(self.device),
+            "answers": self._answers(metric.replace("test", "valid", 1)),
+            "recipe": content,
+            "environment": self._environments(),
+            "cost": self._cost(),
         }
         checkpoint.write_atomic(self.folder / "board.json", json.dumps(board, indent=1).encode())
         return board
 
+    def _environments(self) -> dict[str, Any]:
+        """What the cells were computed with. Where they differ, all there is: a board may have been begun
+        elsewhere, or before an update."""
+        folders = [self.cell_folder(name, seed) for seed in self.seeds for name in self.plans]
+        each = [json.loads((folder / "run.json").read_text())["environment"] for folder in folders]
+        found = {key: [one.get(key) for one in each] for key in each[0]}
+        return {
+            key: values[0] if len(set(values)) == 1 else ", ".join(dict.fromkeys(map(str, values)))
+            for key, values in found.items()
+        }
+
+    # --- answers to the test split ---
+
+    @property
+    def _teacher(self) -> str | None:
+        """The one that everybody's answers are compared with: the first that teaches an arm and stays as it
+        is. Running means and peers move while they teach."""
+        for plan in self.plans.values():
+            stage = plan.stages[-1]
+            for name in (name for use in stage.terms for name in use.teachers):
+                inside = {name, *plan.within(name)}
+                means = {other for other in inside if isinstance(plan.models.get(other), recipe.Mean)}
+                if not means and not inside & set(stage.learners):
+                    return name
+        return None
+
+    def _ask_teacher(self, cell: Cell, run: Run) -> None:
+        """Once a seed, what a teacher says of the test split that was not trained, and so scored, here."""
+        name = self._teacher
+        if cell.arm is None or name is None:
+            return
+        terms = self.plans[cell.arm].stages[-1].terms
+        path = answers.place(self.cell_folder(None, cell.seed), name)
+        if path.exists() or all(name not in use.teachers for use in terms):
+            return
+        teacher, task = run.lab.teacher(name), answers.Kept(run.lab.task)
+        batches = Loader(run.lab.splits.test, 256, seed=cell.seed).once(256)
+        task.score((teacher(batch), batch) for batch in (one.to(run.lab.device) for one in batches))
+        answers.write(path, task.answers(), {"learner": name, "seed": cell.seed})
+
+    def _answers(self, metric: str) -> dict[str, Any] | None:
+        """What the arms' answers say beyond their score; None where a cell kept none. `metric` chooses the
+        arm whose samples are shown: on the validation split."""
+        learner = {name: plan.stages[-1].learns for name, plan in self.plans.items()}
+
+        def kept(arm: str | None, name: str) -> list[answers.Answers]:
+            places = [answers.place(self.cell_folder(arm, seed), name) for seed in self.seeds]
+            found = [one for one in map(answers.read, places) if one is not None]
+            return found if len(found) == len(places) else []
+
+        def alike(some: Sequence[answers.Answers], others: Sequence[answers.Answers]) -> bool:
+            return len(some) == len(others) and all(
+                a.z.shape == b.z.shape and a.y.equal(b.y) for a, b in zip(some, others, strict=True)
+            )
+
+        control = kept(CONTROL, learner[CONTROL])
+        if not control:
+            return None
+        taught = kept(None, self._teacher) if self._teacher else []
+        taught = taught if alike(control, taught) else []
+        arms, best = {}, ("", -math.inf, control)
+        for name in self.plans:
+            mine = kept(name, learner[name])
+            if not alike(control, mine):
+                return None
+            arms[name] = answers.told(mine, control, taught)
+            folders = (self.cell_folder(name, seed) for seed in self.seeds)
+            chosen_on = statistics.fmean(self._finished(folder)["scores"][metric] for folder in folders)
+            if name != CONTROL and self.plans[name].stages[-1].terms and chosen_on > best[1]:
+                best = (name, chosen_on, mine)
+        data = build.lab(self.whole, self.seeds[0], self.device).splits.test
+        rows = {k: int((control[0].y == k).sum()) for k in range(control[0].z.shape[1])}
+        return {
+            "classes": [data.classes[k] if k < len(data.classes) else f"class {k}" for k in rows],
+            "rows": list(rows.values()),
+            "teacher": self._teacher if taught else None,
+            "taught": answers.told(taught, taught, taught) if taught else None,
+            "arms": arms,
+            "shown": best[0] or None,
+            "samples": answers.samples(best[2], control, taught, data) if best[0] else None,
+        }
+
     def _teachers(self, metric: str) -> list[dict[str, Any]]:
         """What the arms learned from, where the stages before theirs trained it."""
         taught = {t for plan in self.plans.values() for use in plan.stages[-1].terms for t in use.teachers}
-        results = [self._finished(self._cell_folder(CONTROL, seed)) for seed in self.seeds]
+        results = [self._finished(self.cell_folder(CONTROL, seed)) for seed in self.seeds]
         rows = []
         for stage, plan in enumerate(self.whole.stages[:-1]):
             if plan.learns in taught:
@@ -195,7 +315,7 @@ def read(
             if isinstance(arms.recipe, str)
             else recipe.parse(recipe.apply(arms.recipe, changes), str(path))
         )
-        chosen, title, given = arms.arms, arms.title, arms.seeds
+        chosen, title, given = _listed(arms.arms, path), arms.title, arms.seeds
     else:
         whole = recipe.read(path, changes)
         last = whole.stages[-1].terms
@@ -203,6 +323,14 @@ def read(
     if methods:
         chosen = {name: chosen.get(name, {"terms": [{"method": name}]}) for name in methods}
     return whole, chosen, given if seeds is None else list(range(seeds)), title
+
+
+def _listed(arms: dict[str, dict[str, Any]] | str, board: Path) -> dict[str, dict[str, Any]]:
+    if not isinstance(arms, str):
+        return arms
+    path = board.parent / arms
+    found = recipe.read_toml(path).get("arms")
+    return recipe.checked(dict[str, dict[str, Any]], found, f"{path}, [arms]")
 
 
 def paired(scores: list[float], control: list[float]) -> dict[str, Any]:
@@ -228,6 +356,25 @@ def _sd(values: list[float]) -> float | None:
         return None
     sd = statistics.stdev(values)
     return sd if sd > 1e-9 else 0.0
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """p corrected for the number of tests (Holm 1979), in the order given. A test that could not be made
+    (None) is none."""
+    order = sorted((p, n) for n, p in enumerate(ps) if p is not None)
+    corrected: list[float | None] = [None] * len(ps)
+    highest = 0.0
+    for done, (p, n) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - done) * p))
+        corrected[n] = highest
+    return corrected
+
+
+def _at(which: str, results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """The scores at the last epoch, or at the best on the validation split; a run keeps either."""
+    scores = [result[which]["scores"][metric] for result in results]
+    epochs = [result[which]["epoch"] for result in results]
+    return {"scores": scores, "epochs": epochs, "mean": statistics.fmean(scores), "sd": _sd(scores)}
 
 
 def verdict(arm: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import jinja2
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from scipy import stats
 
 import limbeck
 from limbeck import checkpoint
-from limbeck.board import verdict
+from limbeck.board import holm, verdict
 
 NONE = "–"
 COLOURS = {"helped": "green", "hurt": "red"}
@@ -41,11 +42,18 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
         sentences=[(verdict(arm), sentence(arm, metric)) for arm in rivals],
         rivals=rivals,
         rows=_rows(result, metric),
+        other=_other(result),
+        tests=_tests(rivals, metric),
         strip=_strip(result),
         curves=_curves(result, metric),
+        fair=_fair(result),
+        classes=_classes(result),
+        trust=_trust(result),
+        samples=_samples(result),
         control=_control(result),
         changes=[(arm["name"], _toml_lines(arm["changes"])) for arm in result["arms"]],
         toml=board_toml(result),
+        seconds=_time,
         version=limbeck.__version__,
     )
     path = folder / "report.html"
@@ -160,6 +168,20 @@ def _p(p: float) -> str:
     return f"p = {p:.2g}"
 
 
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+PERCENT, NATS = Metric("test", "accuracy", 1), Metric("test", "KL", 3)
+
+
+def _bare(p: str) -> str:
+    return p.removeprefix("p = ").replace("p < ", "<")
+
+
 def _seeds(count: int) -> str:
     return f"{count} seed" if count == 1 else f"{count} seeds"
 
@@ -185,6 +207,8 @@ class Row:
     name: str
     score: str
     parameters: int
+    other: str = NONE
+    epochs: str = ""
     teacher: bool = False
     verdict: str = "the teacher"
     seconds: str = NONE
@@ -199,23 +223,30 @@ def _rows(result: Mapping[str, Any], metric: Metric) -> list[Row]:
         for one in result["teachers"]
     ]
     for arm in result["arms"]:
-        gap, seconds = arm["difference"], arm["seconds"]
+        gap, seconds, other = arm["difference"], arm["seconds"], arm[_other(result)]
         row = Row(
             arm["name"],
             metric.spread(arm["mean"], arm["sd"]),
             arm["parameters"],
             verdict=verdict(arm),
             seconds=f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}",
+            other=metric.spread(other["mean"], other["sd"]),
+            epochs=", ".join(str(epoch + 1) for epoch in other["epochs"]),
         )
         if gap is not None:
             row = replace(
                 row,
                 difference=metric.spread(gap["mean"], gap["sd"], signed=True),
-                p=NONE if gap["p"] is None else _p(gap["p"]).removeprefix("p = ").replace("p < ", "<"),
+                p=NONE if gap["p"] is None else _bare(_p(gap["p"])),
                 wins=f"{gap['wins']}/{gap['of']}",
             )
         rows.append(row)
     return rows
+
+
+def _other(result: Mapping[str, Any]) -> str:
+    """The epoch that is given beside the one whose network is kept."""
+    return "last" if result["recipe"]["stages"][-1]["keep"] == "best" else "best"
 
 
 def _control(result: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -234,42 +265,109 @@ def _strip(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "control": place(_control(result)["mean"])}
 
 
-WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 320, 190, 38, 308, 10, 152  # a panel, and the box of its axes within
+def _tests(rivals: Sequence[Mapping[str, Any]], metric: Metric) -> list[tuple[str, str, str, str, str]]:
+    """The differences in full: with a 95 % interval, p, and p corrected for the number of arms."""
+    corrected = holm([arm["difference"]["p"] for arm in rivals])
+    rows = []
+    for arm, p_holm in zip(rivals, corrected, strict=True):
+        gap, interval = arm["difference"], NONE
+        if gap["p"] is not None:
+            reach = float(stats.t.ppf(0.975, gap["of"] - 1)) * gap["sd"] / math.sqrt(gap["of"])
+            ends = (metric.spread(gap["mean"] + end, signed=True) for end in (-reach, reach))
+            interval = " to ".join(ends)
+        ps = (NONE if p is None else _bare(_p(p)) for p in (gap["p"], p_holm))
+        rows.append((arm["name"], metric.spread(gap["mean"], gap["sd"], signed=True), interval, *ps))
+    return rows
 
 
-def _curves(result: Mapping[str, Any], metric: Metric) -> dict[str, Any] | None:
-    """A panel an arm: its validation score by epoch, each seed and the mean, over the control's mean."""
-    seeds = {arm["name"]: [_scores(one, metric.name) for one in arm["curves"]] for arm in result["arms"]}
-    values = [score for lines in seeds.values() for line in lines for score in line]
-    if not values:
-        return None
-    last = max(len(line) for lines in seeds.values() for line in lines)
-    across, up = ticks(1, last, whole=True), ticks(min(values), max(values))
-    low, high = min(up[0], min(values)), max(up[-1], max(values))
-
-    def points(line: Iterable[float]) -> list[tuple[float, float]]:
-        return [(x(epoch), y(score)) for epoch, score in enumerate(line, 1)]
-
-    def x(epoch: float) -> float:
-        return round(_between(epoch, 1, last, LEFT, RIGHT), 1)
-
-    def y(score: float) -> float:
-        return round(_between(score, low, high, BOTTOM, TOP), 1)
-
-    mean = {name: points(map(statistics.fmean, zip(*lines, strict=False))) for name, lines in seeds.items()}
-    shown = [name for name in seeds if name != result["control"]] or [result["control"]]
+def _fair(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What sets arms apart besides their terms: keys that they change, and how many steps they took."""
+    steps: dict[int, list[str]] = {}
+    for arm in result["arms"]:
+        taken = {curve[-1]["steps"] for curve in arm["curves"] if curve}
+        for count in sorted(taken):
+            steps.setdefault(count, []).append(arm["name"])
+    more = [(arm["name"], [key for key in arm["changes"] if key != "terms"]) for arm in result["arms"]]
     return {
-        "across": [(x(t), f"{t:g}") for t in across],
-        "up": [(y(t), f"{t:g}") for t in up],
-        "control": mean[result["control"]],
-        "panels": [(name, mean[name], [points(line) for line in seeds[name]]) for name in shown],
-        "box": {"wide": WIDE, "high": HIGH, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        "steps": [(f"{count:,}", _and(names)) for count, names in steps.items()],
+        "more": [(name, _and(keys)) for name, keys in more if keys],
     }
 
 
-def _scores(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    scores = [record["scores"].get(name, math.nan) for record in records]
-    return scores if all(map(math.isfinite, scores)) else []
+# --- curves ---
+
+WIDE, LEFT, RIGHT, TOP = 320, 42, 308, 10  # a plot, and the box of its axes within
+TALL, LOW = 142, 62  # how high that box is: for the score, and for a loss
+POINTS = 120  # on a line; a pixel has no room for more
+
+
+def _curves(result: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
+    """A card an arm: its validation score by epoch and each of its losses, over the control's mean."""
+    drawn: dict[str, dict[str, list[list[float]]]] = {}
+    for arm in result["arms"]:
+        named = {"": [_line(one, "scores", metric.name) for one in arm["curves"]]}
+        losses = [name for one in arm["curves"] for record in one for name in record["losses"]]
+        for loss in dict.fromkeys(losses):
+            named[loss] = [_line(one, "losses", loss) for one in arm["curves"]]
+        drawn[arm["name"]] = {name: lines for name, lines in named.items() if lines and all(lines)}
+    every = [line for named in drawn.values() for lines in named.values() for line in lines]
+    last = max(map(len, every), default=0)
+    control = drawn[result["control"]]
+    shown = [name for name in drawn if name != result["control"]] or [result["control"]]
+    cards = []
+    for arm in shown:
+        plots = []
+        for name, lines in drawn[arm].items():
+            alike = [line for named in drawn.values() for line in named.get(name, [])]
+            beside = control.get(name, []) if arm != result["control"] else []
+            plots.append(_plot(name, lines, beside, alike, last))
+        if plots:
+            cards.append({"name": arm, "plots": plots})
+    return cards
+
+
+def _plot(
+    name: str,
+    lines: Sequence[Sequence[float]],
+    control: Sequence[Sequence[float]],
+    alike: Sequence[Sequence[float]],
+    last: int,
+) -> dict[str, Any]:
+    """Lines over `last` epochs, each seed's and the mean, and the control's mean. `alike` is all that shares
+    the vertical axis: what is called the same looks the same in every card."""
+    values = [value for line in alike for value in line]
+    bottom = TOP + (LOW if name else TALL)
+    up = ticks(min(values), max(values))
+    low, high = min(up[0], min(values)), max(up[-1], max(values))
+    up = [up[0], up[-1]] if name else up
+
+    def place(epoch: int, value: float) -> tuple[float, float]:
+        across = _between(epoch, 1, last, LEFT, RIGHT)
+        return round(across, 1), round(_between(value, low, high, bottom, TOP), 1)
+
+    def points(line: Sequence[float]) -> list[tuple[float, float]]:
+        stride = math.ceil(len(line) / POINTS)
+        kept = {0, *range((len(line) - 1) % stride, len(line), stride)}  # with both ends
+        return [place(n + 1, line[n]) for n in sorted(kept)]
+
+    def mean(several: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+        return points([statistics.fmean(values) for values in zip(*several, strict=False)])
+
+    return {
+        "name": name,
+        "seeds": [points(line) for line in lines] if len(lines) > 1 else [],
+        "mean": mean(lines),
+        "control": mean(control) if control else [],
+        "up": [(place(1, t)[1], f"{t:g}") for t in up],
+        "across": [(place(int(t), low)[0], f"{t:g}") for t in ticks(1, last, whole=True)],
+        "box": {"wide": WIDE, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": bottom},
+    }
+
+
+def _line(records: Sequence[Mapping[str, Any]], kind: str, name: str) -> list[float]:
+    """A number of every epoch; empty where one is missing or not finite."""
+    values = [record[kind].get(name, math.nan) for record in records]
+    return values if all(map(math.isfinite, values)) else []
 
 
 def _between(value: float, low: float, high: float, start: float, end: float) -> float:
@@ -288,6 +386,128 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
         step = max(1.0, step)
         return [low, *(n * step for n in range(1, math.floor(high / step) + 1) if n * step > low)]
     return [round(n * step, 9) for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+# --- answers ---
+
+FEW = 6  # of many classes, as many of the most gained and of the most lost are shown
+MANY = 20
+
+
+def _classes(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A card an arm: for each class the gain on the control in points, as a bar from the middle."""
+    told = result["answers"]
+    if told is None or len(told["arms"]) < 2:
+        return None
+    rivals = {name: arm["gaps"] for name, arm in told["arms"].items() if name != result["control"]}
+    before = told["arms"][result["control"]]["by_class"]
+    gaps = [gap for arm in rivals.values() for gap in arm if gap is not None]
+    reach = max((abs(gap["mean"]) + (gap["sd"] or 0.0) for gap in gaps), default=0.0) or 1.0
+    cards = []
+    for name, arm in rivals.items():
+        known = [k for k, gap in enumerate(arm) if gap is not None]
+        if len(known) > MANY:
+            by_gain = sorted(known, key=lambda k: -arm[k]["mean"])
+            known = by_gain[:FEW] + by_gain[-FEW:]
+        cards.append((name, [_bar(told["classes"][k], before[k], arm[k], reach) for k in known]))
+    rows = [count for count in told["rows"] if count]
+    return {
+        "cards": cards,
+        "least": min(rows),
+        "most": max(rows),
+        "row": f"{100 / min(rows):.2g}",
+        "of": len(told["classes"]) if len(told["classes"]) > MANY else None,
+        "few": FEW,
+    }
+
+
+def _bar(label: str, before: Mapping[str, Any], gap: Mapping[str, Any], reach: float) -> dict[str, Any]:
+    sd = gap["sd"] or 0.0
+    start, end, low, high = (
+        round(_between(v, -reach, reach, 0, 100), 1)
+        for v in (min(0.0, gap["mean"]), max(0.0, gap["mean"]), gap["mean"] - sd, gap["mean"] + sd)
+    )
+    return {
+        "label": label,
+        "before": PERCENT.spread(before["mean"]),
+        "gap": PERCENT.spread(gap["mean"], gap["sd"], signed=True),
+        "better": gap["mean"] > 0,
+        "bar": (start, round(end - start, 1)),
+        "sd": (low, round(high - low, 1)),
+    }
+
+
+def _trust(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How far answers agree with the teacher's, and how far their confidence can be trusted."""
+    told = result["answers"]
+    if told is None:
+        return None
+    everyone = [*([(told["teacher"], True, told["taught"])] if told["taught"] else [])]
+    everyone += [(name, False, arm) for name, arm in told["arms"].items()]
+    rows, cards = [], []
+    for name, teacher, one in everyone:
+        with_itself = teacher or one["agreement"] is None
+        rows.append(
+            {
+                "name": name,
+                "teacher": teacher,
+                "agreement": NONE if with_itself else PERCENT.spread(**one["agreement"]),
+                "divergence": NONE if with_itself else NATS.spread(**one["divergence"]),
+                "error": PERCENT.spread(**one["calibration_error"]),
+            }
+        )
+        cards.append((name, teacher, _reliability(one["bins"])))
+    return {"rows": rows, "cards": cards, "teacher": told["teacher"]}
+
+
+def _reliability(bins: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+    """The bins that hold answers, in percent of a square: where one stands, how high, how full it is."""
+    most = max(count for count, _, _ in bins)
+    wide = 100 / len(bins)
+    return [
+        {
+            "x": round(n * wide + 0.4, 2),
+            "wide": round(wide - 0.8, 2),
+            "high": round(100 * right, 1),
+            "full": round(0.25 + 0.75 * math.sqrt(count / most), 2),
+        }
+        for n, (count, _, right) in enumerate(bins)
+        if count
+    ]
+
+
+KINDS = {
+    "won": "{arm} is right in more seeds than the control",
+    "lost": "{arm} is right in fewer seeds than the control",
+    "doubted": "The teacher is least sure",
+}
+
+
+def _samples(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Test samples with their pictures, and what teacher, control and arm thought of them."""
+    told = result["answers"]
+    if told is None or told["samples"] is None:
+        return None
+    arm, classes = told["shown"], told["classes"]
+    called = {"teacher": told["teacher"], "control": result["control"], "arm": arm}
+    groups = []
+    for group in told["samples"]["groups"]:
+        cards = [
+            {
+                "image": one["image"],
+                "label": NONE if one["label"] < 0 else classes[one["label"]],
+                "row": one["row"],
+                "right": one["right"],
+                "said": [
+                    (name, [(classes[k], k == one["label"], p) for k, p in one["said"][who]])
+                    for who, name in called.items()
+                    if who in one["said"]
+                ],
+            }
+            for one in group["samples"]
+        ]
+        groups.append((KINDS[group["kind"]].format(arm=arm), told["samples"].get(group["kind"]), cards))
+    return {"groups": groups, "arm": arm, "won": told["samples"]["won"], "lost": told["samples"]["lost"]}
 
 
 # --- TOML: what a person saves to run the board again ---

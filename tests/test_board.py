@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-from limbeck import recipe
-from limbeck.board import Board, Cell, paired, read, verdict
+from limbeck import answers, recipe
+from limbeck.board import Board, Cell, holm, paired, read, verdict
+from limbeck.core.batch import Batch
 from limbeck.core.refused import Refused
 from limbeck.recipe import Recipe
 from limbeck.run import Moment, Stopped
@@ -153,6 +154,144 @@ def test_its_result_is_also_a_file(board: Board, result: dict[str, Any]) -> None
     assert recipe.parse(result["recipe"]) == whole()
 
 
+def test_it_says_what_it_ran_on_and_what_that_took(board: Board, result: dict[str, Any]) -> None:
+    about = json.loads((cell(board, "kd", 4) / "run.json").read_text())
+    assert result["environment"] == about["environment"]
+    assert {"python", "torch", "machine", "device", "threads", "cores"} <= result["environment"].keys()
+    seconds = sum(sum(r["seconds"] for r in curve) for arm in result["arms"] for curve in arm["curves"])
+    assert result["cost"]["wall"] > seconds and result["cost"]["cpu"] > 0
+
+
+def test_cells_that_ran_on_other_machines_are_not_passed_off_as_alike(tmp_path: Path) -> None:
+    board = Board(whole(), {"kd": KD}, [0], tmp_path / "b")
+    compute(board)
+    file = cell(board, "kd", 0) / "run.json"
+    file.write_text(file.read_text().replace(torch.__version__, "1.0"))
+    assert board.result()["environment"]["torch"] == f"{torch.__version__}, 1.0"
+
+
+def test_the_cost_adds_up_over_sittings(tmp_path: Path) -> None:
+    compute(Board(whole(), {"kd": KD}, [0], tmp_path / "b"))
+    first = json.loads((tmp_path / "b" / "cost.json").read_text())
+    compute(Board(whole(), {"kd": KD}, [0, 1], tmp_path / "b"))
+    second = json.loads((tmp_path / "b" / "cost.json").read_text())
+    assert 0 < first["wall"] < second["wall"] and 0 < first["cpu"] < second["cpu"]
+
+
+# --- answers to the test split ---
+
+
+def test_every_cell_keeps_its_answers_and_they_are_what_was_scored(
+    board: Board, result: dict[str, Any]
+) -> None:
+    told = result["answers"]
+    rows = torch.tensor(told["rows"], dtype=torch.float64)
+    assert told["classes"] == list("0123456789") and rows.sum() == 360
+    for arm in result["arms"]:
+        for seed, score in zip(board.seeds, arm["scores"], strict=True):
+            kept = answers.read(answers.place(cell(board, arm["name"], seed), "student"))
+            assert kept is not None and 100 * float(kept.right.double().mean()) == pytest.approx(score)
+        by_class = torch.tensor([one["mean"] for one in told["arms"][arm["name"]]["by_class"]])
+        assert float((by_class * rows).sum() / rows.sum()) == pytest.approx(arm["mean"])
+        gaps = torch.tensor([one["mean"] for one in told["arms"][arm["name"]]["gaps"]])
+        gap = arm["difference"]["mean"] if arm["difference"] else 0.0
+        assert float((gaps * rows).sum() / rows.sum()) == pytest.approx(gap, abs=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_the_answers_are_of_the_epoch_that_is_kept(keep: str, tmp_path: Path) -> None:
+    wild = {"student": {"lr": 3.0, "schedule": "constant"}}
+    stage = {"learner": "student", "epochs": 4, "batch": 1000, "keep": keep, "optim": wild}
+    board = Board(whole(stages=[stage]), {}, [0], tmp_path / "b")
+    compute(board)
+    told = board.result()["arms"][0]
+    kept = answers.read(answers.place(cell(board, "control", 0), "student"))
+    assert told["last"]["scores"] != told["best"]["scores"]
+    assert kept is not None and 100 * float(kept.right.double().mean()) == pytest.approx(told[keep]["mean"])
+
+
+def test_the_teacher_answers_once_a_seed_and_all_are_compared_with_it(
+    board: Board, result: dict[str, Any]
+) -> None:
+    told, (teacher,) = result["answers"], result["teachers"]
+    assert told["teacher"] == "teacher"
+    for seed, score in zip(board.seeds, teacher["scores"], strict=True):
+        kept = answers.read(answers.place(board.folder / "shared" / str(seed), "teacher"))
+        assert kept is not None and 100 * float(kept.right.double().mean()) == pytest.approx(score)
+    same = told["arms"]["nothing"]
+    assert same["divergence"] == told["arms"]["control"]["divergence"] != told["arms"]["kd"]["divergence"]
+    assert told["taught"]["agreement"]["mean"] == 100.0
+
+
+def test_a_teacher_that_came_trained_is_asked_as_the_arms_asked_it(tmp_path: Path, board: Board) -> None:
+    """Its own eyes too: here it is shown inverted images, as its `normalise` says."""
+    file = board.folder / "shared" / "0" / "teacher.safetensors"
+    models = {
+        "teacher": {"name": "cnn", "widths": [6], "weights": str(file), "normalise": [0.0, -1.0]},
+        "student": {"name": "cnn", "widths": [3]},
+    }
+    stage = {"learner": "student", "epochs": 1, "batch": 1000}
+    alone = Board(whole(models=models, stages=[stage]), {"kd": KD}, [0], tmp_path / "b")
+    compute(alone)
+    kept = answers.read(answers.place(tmp_path / "b" / "shared" / "0", "teacher"))
+    plain = answers.read(answers.place(board.folder / "shared" / "0", "teacher"))
+    assert kept is not None and plain is not None and kept.y.equal(plain.y)
+    teacher = alone._cell_run(alone.cells()[1]).lab.teacher("teacher")
+    test = alone._cell_run(alone.cells()[1]).lab.splits.test
+    asked = teacher(Batch(test.rows(torch.arange(360))[0])).out
+    torch.testing.assert_close(kept.p, asked.double().softmax(1), atol=1e-3, rtol=0)
+    assert not torch.allclose(kept.p, plain.p, atol=1e-2)
+    result = alone.result()
+    assert result["teachers"] == [] and result["answers"]["teacher"] == "teacher"
+
+
+@pytest.mark.parametrize("moving", ["student", "average"])
+def test_who_changes_while_teaching_is_nobody_to_be_compared_with(moving: str, tmp_path: Path) -> None:
+    models = {**whole().model_dump(mode="json", by_alias=True)["models"], "average": {"mean_of": "student"}}
+    terms = {"terms": [{"method": "kd", "teacher": ["average"]}, {"method": "kd"}]}
+    plan = whole(models=models)
+    arms = {"both": terms} if moving == "student" else {"mean": {"terms": terms["terms"][:1]}}
+    board = Board(plan, arms, [0], tmp_path / "b")
+    compute(board)
+    assert board.result()["answers"]["teacher"] == ("teacher" if moving == "student" else None)
+
+
+def test_cells_without_answers_leave_them_out_of_the_result(tmp_path: Path) -> None:
+    board = Board(whole(), {"kd": KD}, [0], tmp_path / "b")
+    compute(board)
+    assert board.result()["answers"]["shown"] == "kd"
+    for path in cell(board, "kd", 0).glob("answers-*"):
+        path.unlink()
+    assert board.result()["answers"] is None
+
+
+def test_the_arm_whose_samples_are_shown_is_chosen_on_the_validation_split(tmp_path: Path) -> None:
+    arms = {"a": KD, "b": {"terms": [{"method": "kd", "temperature": 3}]}, "own": {"epochs": 2}}
+    board = Board(whole(), arms, [0], tmp_path / "b")
+    compute(board)
+    for better in ("a", "b"):
+        for arm in ("a", "b", "own"):
+            file = cell(board, arm, 0) / "result.json"
+            told = json.loads(file.read_text())
+            told["scores"] |= {"valid.accuracy": {better: 50.0, "own": 99.0}.get(arm, 40.0)}
+            told["scores"]["test.accuracy"] = 10.0 if arm == better else 90.0
+            file.write_text(json.dumps(told))
+        assert board.result()["answers"]["shown"] == better  # never one that no teacher taught
+
+
+def test_the_last_and_the_best_epoch_are_both_told(tmp_path: Path) -> None:
+    board = Board(whole(), {}, [0, 1], tmp_path / "b")
+    compute(board)
+    for seed in (0, 1):
+        file = cell(board, "control", seed) / "result.json"
+        best = {"epoch": 3 + seed, "scores": {"valid.accuracy": 99.0, "test.accuracy": 60.0 + 10 * seed}}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "best": best}))
+    told = board.result()["arms"][0]
+    sd = pytest.approx(math.sqrt(50))
+    assert told["best"] == {"scores": [60.0, 70.0], "epochs": [3, 4], "mean": 65.0, "sd": sd}
+    assert told["last"]["scores"] == told["scores"] != [60.0, 70.0] and told["last"]["epochs"] == [0, 0]
+
+
 def test_the_scores_of_a_finished_cell_can_be_asked_for(board: Board, result: dict[str, Any]) -> None:
     assert board.scores(board.cells()[1])["test.accuracy"] == result["arms"][0]["scores"][0]
     assert board.scores(board.cells()[0])["test.accuracy"] == result["teachers"][0]["scores"][0]
@@ -170,7 +309,7 @@ def test_a_stopped_board_computes_only_what_is_missing(after: int, tmp_path: Pat
     moments = first.moments()
     done = [next(moments) for _ in range(after)]
     first.stop()
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match=r"the same `limbeck board` goes on"):
         done += moments  # the batch that is under way is still done
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("result.json")}
     again = compute(fresh())
@@ -189,6 +328,9 @@ def test_another_seed_or_arm_is_added_to_a_finished_board(tmp_path: Path) -> Non
     compute(Board(whole(), {"kd": KD}, [0], tmp_path / "b"))
     more = compute(Board(whole(), {"kd": KD, "hint": HINT}, [0], tmp_path / "b"))
     assert [(c.arm, m.stage) for c, m in more if m is not None] == [("hint", 1)]
+    seeds = compute(Board(whole(), {"kd": KD, "hint": HINT}, [0, 4], tmp_path / "b"))
+    assert {c.seed for c, m in seeds if m is not None} == {4}
+    assert {c.arm for c, m in seeds if m is not None} == {None, "control", "kd", "hint"}
 
 
 def test_the_folder_of_another_board_is_refused_with_what_differs(board: Board) -> None:
@@ -220,6 +362,12 @@ def test_an_arm_that_does_not_fit_is_refused_by_name(
 ) -> None:
     with pytest.raises(Refused, match=words):
         Board(whole(), arms, seeds, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_without_a_score_has_no_board(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"compares scores, and the task 'none' has none; .*limbeck run"):
+        Board(whole(task="none"), {"kd": KD}, [0], tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,6 +483,13 @@ def test_where_the_test_has_no_answer_there_is_none(scores: list[float], control
     assert told["p"] is None
     assert told["mean"] == pytest.approx(scores[0] - control[0] if len(scores) != 2 else 15.0)
     assert (told["sd"] is None) == (len(scores) == 1)
+
+
+def test_p_is_corrected_as_holm_says() -> None:
+    *three, untested = holm([0.01, 0.04, 0.03, None])
+    assert three == pytest.approx([0.03, 0.06, 0.06]) and untested is None
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02] and holm([None]) == [None] and holm([]) == []
 
 
 def test_the_verdict_says_no_more_than_the_test() -> None:
