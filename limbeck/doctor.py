@@ -1,0 +1,108 @@
+"""What a plan will take, measured before it begins: a few steps of every stage are done on the side, and
+thrown away."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck import build
+from limbeck.data.loader import Loader
+from limbeck.engine import evaluate
+from limbeck.recipe import Recipe
+
+STEPS = 3
+"""Steps that are timed, after one that warms up; of these the middle one counts."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """seconds of training and scoring; memory, the most bytes that this process (or the GPU) has held; disk,
+    bytes of checkpoints and weights."""
+
+    seconds: float
+    memory: int
+    disk: int
+
+    def __str__(self) -> str:
+        return (
+            f"about {duration(self.seconds)}, {size(self.memory)} of memory at its peak, "
+            f"{size(self.disk)} on disk"
+        )
+
+
+def of_board(whole: Recipe, plans: Sequence[Recipe], seeds: int, device: str = "cpu") -> Cost:
+    """What a board takes: the stages before the last once a seed, the last once an arm and seed."""
+    lab = build.lab(whole, device=device)
+    stages = [_stage(lab, number) for number in range(len(whole.stages) - 1)]
+    stages += [_stage(build.lab(plan, device=device), len(plan.stages) - 1) for plan in plans]
+    seconds, disk = zip(*stages, strict=True)
+    return Cost(seeds * sum(seconds), _peak(device), seeds * sum(disk))
+
+
+def _stage(lab: build.Lab, number: int) -> tuple[float, int]:
+    """Seconds that a stage will take, and bytes that its checkpoint will."""
+    stage, engine = lab.recipe.stages[number], lab.engine(number)
+    lessons = engine.lessons()
+    steps = stage.epochs * engine.loader.steps
+    each = [_timed(lambda: next(lessons), lab.device) for _ in range(min(1 + STEPS, steps))]
+    few = Loader(lab.splits.valid, 256, seed=0)
+
+    def score() -> None:
+        evaluate(engine.scheme.ships(), lab.task, iter([few.at(0)]), device=lab.device)
+
+    scored = (stage.epochs + 1) * len(lab.splits.valid) + len(lab.splits.test)
+    seconds = steps * statistics.median(each[1:] or each) + scored / few.batch * _timed(score, lab.device)
+    return seconds, _bytes(engine.state_dict())
+
+
+def _timed(what: Callable[[], Any], device: torch.device) -> float:
+    began = time.perf_counter()
+    what()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _bytes(state: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _tensors(value)
+
+
+def _peak(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most  # bytes there, kilobytes elsewhere
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: int) -> str:
+    """Bytes as `12 MB`."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count} bytes"
