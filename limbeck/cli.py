@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,10 @@ def main() -> None:
     from limbeck.core.refused import Refused
 
     try:
-        app()
+        with warnings.catch_warnings():
+            # What is to be known is a sentence too, without the line of ours that says it.
+            warnings.showwarning = lambda message, *_: print(f"limbeck: {message}", file=sys.stderr)
+            app()
     except Refused as error:
         sys.exit(_say(str(error), 2))
 
@@ -49,6 +53,42 @@ def run(
 
     plan = recipes.read(recipe, set_ or ())
     _go(Run(plan, out or Path("runs") / recipe.stem, seed=seed, device=_device(device), every=every))
+
+
+@app.command()
+def distill(
+    teacher: Annotated[
+        str,
+        typer.Option(help="Weights limbeck wrote, NAME=WEIGHTS, or the name of a network to train first."),
+    ],
+    student: Annotated[str, typer.Option(help="The small network's name (`limbeck list model`).")],
+    data: Annotated[str, typer.Option(help="A data set's name, or a folder of images, ROOT/CLASS/IMAGE.")],
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 30,
+    labels: Annotated[int | None, typer.Option(min=0, help="Labels the student gets (default: all).")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; 3 or more can be tested.")] = 3,
+    out: Where = None,
+    device: Device = "cpu",
+) -> None:
+    """Distil without a recipe: sane defaults, an honest control, and what it will take is said first."""
+    from limbeck import checkpoint, doctor, report
+    from limbeck import distill as distilling
+    from limbeck.board import Board
+
+    plan = distilling.plan(teacher, student, data, epochs=epochs, labels=labels)
+    title = f"{student} under {Path(teacher).stem} on {Path(data).name}"
+    folder = out or Path("runs") / "distill"
+    chosen = {"kd": {"terms": [distilling.KD]}}
+    table = Board(plan, chosen, list(range(seeds)), folder, title=title, device=_device(device))
+    written = folder / "board.toml"
+    checkpoint.write_atomic(written, report.board_toml(table.said()).encode())
+    _print(f"The plan: {written} (run it again, or change it: limbeck board {written})")
+    _print(f"It will take {doctor.of_board(plan, list(table.plans.values()), seeds, device)}.")
+    _watch_board(table)
+    result = table.result()
+    page = report.write(table.folder, result)
+    _print(report.table(result))
+    arm, seed, kept = distilling.ship(table)
+    _print(f"Report: {page}\nShipped: {kept} ({arm}, seed {seed}: the best on the validation split)")
 
 
 @app.command()
@@ -115,31 +155,65 @@ def list_(
 
 
 @app.command()
-def show(what: Annotated[str, typer.Argument(help="A method, or a recipe (.toml).")]) -> None:
-    """A method's page (paper, equation, departures, knobs), or a recipe with every default written out."""
+def show(
+    what: Annotated[str, typer.Argument(help="A method, a lens, a scheme, or a recipe (.toml).")],
+    json: Annotated[bool, typer.Option("--json", help="A recipe as JSON, with every default.")] = False,
+) -> None:
+    """The page of a method (paper, equation, departures, knobs), or who learns what in a recipe."""
+    from limbeck import equation, registry
     from limbeck import recipe as recipes
-    from limbeck import registry
 
     if what.endswith(".toml"):
-        _print(recipes.read(Path(what)).model_dump_json(indent=2, by_alias=True))
+        plan = recipes.read(Path(what))
+        _print(plan.model_dump_json(indent=2, by_alias=True) if json else equation.told(plan))
         return
-    method = registry.find("method", what)
-    card = method.card
-    knobs = [f"  {p}" for p in registry.knobs(method).values()]
-    _print(
-        "\n".join(
-            [
-                (sys.modules[method.__module__].__doc__ or "").strip(),
-                "",
-                f"Teaches: {', '.join(card.knowledge)}. Fidelity: {card.fidelity}. Paper: {card.paper} "
-                f"({card.year}).",
-                f"Taps: {', '.join(card.taps) or 'none'}. Needs: "
-                f"{', '.join(sorted(card.needs)) or 'nothing special'}.",
-                "Knobs:",
-                *(knobs or ["  none"]),
-            ]
-        )
-    )
+    kind = next((k for k in ("lens", "scheme") if what in registry.names(k)), "method")
+    found = registry.find(kind, what)
+    lines = [(sys.modules[found.__module__].__doc__ or "").strip(), ""]
+    if kind == "method":
+        card = found.card
+        lines += [
+            f"Teaches: {', '.join(card.knowledge)}. Fidelity: {card.fidelity}. Paper: {card.paper} "
+            f"({card.year}).",
+            f"Taps: {', '.join(card.taps) or 'none'}. Needs: "
+            f"{', '.join(sorted(card.needs)) or 'nothing special'}.",
+        ]
+    factory = found.staged if kind == "scheme" else found
+    known = registry.knobs(factory) if kind != "lens" else {}
+    lines += ["Knobs:", *([f"  {knob}" for name, knob in known.items() if name != "cast"] or ["  none"])]
+    _print("\n".join(lines))
+
+
+@app.command()
+def schema(
+    board: Annotated[bool, typer.Option("--board", help="Of boards instead.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="The file to write (default: print it).")] = None,
+) -> None:
+    """The JSON schema of recipes, so that an editor completes names and knobs and marks what is misspelt."""
+    from limbeck import checkpoint, schema
+
+    text = schema.of_board() if board else schema.of_recipe()
+    if out is None:
+        print(text)
+        return
+    checkpoint.write_atomic(out, f"{text}\n".encode())
+    _print(f"Written: {out}. In a recipe's first line: #:schema {out}")
+
+
+@app.command()
+def new(
+    what: Annotated[str, typer.Argument(help="method")],
+    name: Annotated[str, typer.Argument(help="Its name, in small letters: cosine_gap.")],
+    kind: Annotated[str, typer.Option(help="What it teaches: response, feature or relation.")],
+    outside: Annotated[Path | None, typer.Option(help="A folder of yours, outside this repository.")] = None,
+) -> None:
+    """Write a method's file and its test from a template; both work at once."""
+    from limbeck import new
+    from limbeck.core.refused import Refused
+
+    if what != "method":
+        raise Refused(f"There is no template of '{what}'; write: limbeck new method {name} --kind {kind}")
+    _print("\n".join(new.method(name, kind, outside)))
 
 
 # --- showing progress ---

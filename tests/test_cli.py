@@ -184,8 +184,53 @@ def test_show_prints_a_methods_page(cli: Cli) -> None:
     assert "same_classes" in out
 
 
-def test_show_writes_out_every_default_of_a_recipe(cli: Cli, place: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"), [("logit_standard", "arXiv:2403.01427"), ("online", "in_turn: bool")]
+)
+def test_show_prints_the_page_of_a_lens_and_of_a_scheme(name: str, words: str, cli: Cli) -> None:
+    code, out, _ = cli("show", name)
+    assert code == 0
+    assert words in out and "Knobs:" in out and "cast" not in out.split("Knobs:")[1]
+
+
+def test_show_tells_who_learns_what_in_a_recipe(cli: Cli, place: Path) -> None:
     code, out, _ = cli("show", "small.toml")
+    assert code == 0
+    assert "stage 1 (student): L = 1 · task(classify) + 1 · kd(teacher, temperature=4)\n" in out
+
+
+def test_schema_is_printed_or_written(cli: Cli, place: Path) -> None:
+    code, out, _ = cli("schema")
+    assert code == 0 and "stages" in json.loads(out)["properties"]
+    code, out, _ = cli("schema", "--board", "--out", "board.schema.json")
+    assert code == 0 and "#:schema board.schema.json" in out
+    assert "arms" in json.loads((place / "board.schema.json").read_text())["properties"]
+
+
+def test_new_writes_a_pair_that_a_recipe_takes(cli: Cli, place: Path) -> None:
+    code, out, err = cli("new", "method", "fresh", "--kind", "response", "--outside", "mine")
+    assert (code, err) == (0, "")
+    assert "mine/fresh.py" in out and '{ method = "fresh:Fresh" }' in out
+    assert (place / "mine/test_fresh.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("method", "Fresh", "--kind", "response"), "cannot be a method's name"),
+        (("method", "fresh", "--kind", "logits"), "no kind 'logits'"),
+        (("scheme", "fresh", "--kind", "response"), "no template of 'scheme'"),
+    ],
+)
+def test_new_refuses_in_a_sentence(arguments: tuple[str, ...], words: str, cli: Cli, place: Path) -> None:
+    before = set(place.iterdir())
+    code, _, err = cli("new", *arguments)
+    assert code == 2 and one_sentence(err) and words in err
+    assert set(place.iterdir()) == before
+
+
+def test_show_writes_out_every_default_of_a_recipe(cli: Cli, place: Path) -> None:
+    code, out, _ = cli("show", "small.toml", "--json")
     assert code == 0
     told = json.loads(out)
     assert told["stages"][0]["task_weight"] == 1.0 and told["stages"][1]["terms"][0]["teacher"] == ["teacher"]
@@ -195,7 +240,7 @@ def test_show_writes_out_every_default_of_a_recipe(cli: Cli, place: Path) -> Non
 def test_without_a_command_it_says_what_there_is(cli: Cli) -> None:
     assert cli("--help")[0] == 0
     told = cli()[1] + cli()[2]
-    for command in ("run", "resume", "board", "list", "show"):
+    for command in ("run", "resume", "board", "list", "show", "schema", "new"):
         assert command in told
 
 

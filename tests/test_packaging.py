@@ -36,10 +36,27 @@ def test_a_plain_install_has_every_package_that_limbeck_imports() -> None:
     missing = {
         (str(file.relative_to(ROOT)), name)
         for file in (ROOT / "limbeck").rglob("*.py")
+        if not file.name.endswith("_test.py")  # `limbeck new` copies these; nothing imports them
         for name in imported_at_once(file)
         if not declared & {distribution(provider) for provider in providers.get(name, [name])}
     }
     assert not missing
+
+
+def test_who_develops_has_what_the_tests_of_extras_need() -> None:
+    """They are collected only where their packages are, so `make check` must install all of these."""
+    groups = PROJECT["optional-dependencies"]
+    (ours,) = (requirement for requirement in groups["dev"] if requirement.startswith("limbeck["))
+    extras = ours.removeprefix("limbeck[").removesuffix("]").split(",")
+    installed = {distribution(r) for group in ("dev", *extras) for r in groups[group]}
+    tree = ast.parse((ROOT / "tests/extras/conftest.py").read_text())
+    (needs,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NEEDS"
+    )
+    assert set(needs) == {file.name for file in (ROOT / "tests/extras").glob("test_*.py")}
+    assert {distribution(package) for packages in needs.values() for package in packages} <= installed
 
 
 def test_every_direct_dependency_is_pinned() -> None:

@@ -16,7 +16,8 @@ LIMBECK = Path(__file__).parents[2] / "limbeck"
 LEAVES = {"knowledge", "schemes", "models", "views", "tasks", "data"}
 LOOP = {"engine", "world", "checkpoint"}
 NAMES = {"build", "recipe", "registry"}
-DOORS = {"run", "board", "race", "doctor", "report", "export", "distiller"}
+DOORS = {"run", "board", "answers", "race", "doctor", "report", "export", "distiller"}
+DOORS |= {"new", "schema", "equation", "distill"}
 
 
 # What each file or folder of limbeck/ may import besides its own files. Names know each other and so do doors
@@ -30,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{file: INSIDE - {file} for file in NAMES},
     **{file: INSIDE | DOORS | {"limbeck"} for file in DOORS},
     "cli": INSIDE | DOORS | {"limbeck"},
+    "templates": {"core"},  # what `limbeck new` copies
     "limbeck": {"core"},  # __init__.py: the public names are core's
 }
 

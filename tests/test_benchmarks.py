@@ -1,0 +1,191 @@
+"""The benchmarks cannot rot: what they time is compared by hand here, at sizes that cost nothing."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import by_hand, memory, speed
+from limbeck import registry
+from limbeck.core.refused import Refused
+from limbeck.knowledge.feature.fitnet import FitNet
+
+TINY = replace(speed.QUICK, rows=6, size=8, classes=5, samples=40, negatives=15, dtype=torch.float64)
+
+
+def duel(name: str) -> speed.Duel:
+    return speed.two_peers(TINY) if name == "two peers" else speed.under_teacher(name, TINY)
+
+
+# --- both sides do the same ---
+
+
+@pytest.mark.parametrize("name", [*speed.WEIGHTS, "two peers"])
+def test_a_step_of_ours_is_the_step_by_hand(name: str) -> None:
+    """The loss, and all that learns or remembers: weights, BatchNorm statistics, banks."""
+    both = duel(name)
+    before = [value.clone() for value in speed.states(both.learners[0])]
+    both.agree()
+    moved = [not torch.equal(a, b) for a, b in zip(before, speed.states(both.learners[0]), strict=True)]
+    assert all(moved[: len(list(both.learners[0][0].parameters()))])
+    assert both.ours() is None, "the second step is timed, and keeps no record"
+
+
+def test_a_step_that_differs_is_noticed() -> None:
+    for spoil in ("weights", "loss"):
+        both = duel("fitnet")
+        student, criterion = both.learners[1]
+        with torch.no_grad():
+            if spoil == "loss":
+                criterion.project.bias += 1e-3
+            else:  # not read in training, so only what it leaves differs
+                student.bn1.running_mean += 1e-3
+        with pytest.raises(AssertionError, match="the loss is" if spoil == "loss" else "not close"):
+            both.agree()
+
+
+def test_negatives_are_shared_for_one_step_only() -> None:
+    """Then each side draws its own, and is timed at it."""
+    both = duel("crd")
+    criterion = both.learners[1][1]
+    assert criterion.dealt.shape == (TINY.rows, TINY.negatives)
+    both.agree()
+    assert criterion.dealt is None
+
+
+def test_negatives_by_hand_are_of_other_classes() -> None:
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
+    nets = TINY.net(TINY.student), TINY.net(TINY.teacher)
+    criterion = by_hand.CRD(*nets, labels, negatives=500)
+    index = torch.tensor([0, 4, 5])
+    drawn = criterion.draw(index)
+    for row, found in zip(index, drawn, strict=True):
+        assert set(found.tolist()) == set((labels != labels[row]).nonzero()[:, 0].tolist())
+
+
+# --- clocks and scales ---
+
+
+def test_peak_counts_what_is_held_at_once() -> None:
+    def call() -> torch.Tensor:
+        first = torch.zeros(1000)
+        second = torch.ones(500)
+        del first
+        return torch.cat([second, second, second])
+
+    assert memory.peak(call) == (500 + 1500) * 4
+    assert memory.peak(call) == (500 + 1500) * 4  # the same each time
+    assert memory.peak(lambda: None) == 0
+
+
+def test_peak_sees_inside_an_operation() -> None:
+    """A sort keeps its indices beside its values; a view keeps nothing."""
+    x = torch.zeros(1000)
+    assert memory.peak(lambda: x.sort()) >= 1000 * (4 + 8)
+    assert memory.peak(lambda: x.expand(1000, 1000)) == 0
+
+
+def test_race_interleaves_and_takes_turns_in_being_first() -> None:
+    called: list[str] = []
+    times = speed.race([lambda: called.append("a"), lambda: called.append("b")], rounds=2)
+    assert "".join(called) == "ba" + "ab" + "ba"
+    assert [len(each) for each in times] == [2, 2]
+
+
+def test_race_counts_cpu_and_not_waiting() -> None:
+    def work() -> None:
+        until = time.process_time() + 0.05
+        while time.process_time() < until:
+            pass
+
+    (busy,), (idle,), (child,) = speed.race(
+        [work, lambda: time.sleep(0.05), speed.command("-c", "for n in range(10**6): pass")], rounds=1
+    )
+    assert busy >= 0.05 > 5 * idle
+    assert child > 0.01
+
+
+def test_interval_holds_the_median_and_narrows() -> None:
+    values = [1 + 0.01 * n for n in range(-5, 6)]
+    low, high = speed.interval(values)
+    assert low < 1 < high and values[0] <= low and high <= values[-1]
+    closer_low, closer_high = speed.interval(values * 20)
+    assert closer_high - closer_low < (high - low) / 2
+    assert speed.interval([1.1] * 9) == (1.1, 1.1)
+    # Of nine draws from 1 to 9, five or more are at most 2 in 3 % of cases, at most 3 in 14 %.
+    assert speed.interval(range(1, 10)) == (3, 7)
+
+
+# --- the verdict ---
+
+
+def step(low: float, ours_mb: float = 100.0) -> speed.Step:
+    return speed.Step(1.0, 1.0, 1.2, low, 1.3, ours_mb, 100.0, [1.2] * 9)
+
+
+def test_fails_only_when_it_is_sure() -> None:
+    figures = speed.Figures({}, {"sure": step(1.06), "unsure": step(1.04), "big": step(1.0, 105.1)})
+    slow, big = figures.failures()
+    assert slow == "a step of sure takes 1.200 of the time by hand (1.060 to 1.300)"
+    assert big == "a step of big takes 105.1 MB, by hand 100.0"
+
+
+@pytest.mark.parametrize(
+    ("words", "verdict"), [("--rounds 9", 1), ("--rounds 8", 0), ("--quick --rounds 9", 0)]
+)
+def test_only_a_whole_run_has_a_verdict(monkeypatch: pytest.MonkeyPatch, words: str, verdict: int) -> None:
+    slow = speed.Figures({}, {"kd": step(1.06)})
+    monkeypatch.setattr(speed, "measure", lambda scene, rounds, only: slow)
+    assert speed.main(words.split()) == verdict
+
+
+def test_losses_of_every_method_and_lens() -> None:
+    costs = speed.loss_costs(replace(TINY, dtype=torch.float32), rounds=1)
+    assert costs.keys() == {*registry.names("method"), *(f"kd through {n}" for n in registry.names("lens"))}
+    measured = {name: cost for name, cost in costs.items() if isinstance(cost, speed.Loss)}
+    assert measured.keys() >= speed.WEIGHTS.keys()
+    assert all(cost.ms > 0 and cost.mb > 0 for cost in measured.values())
+    # Student logits softened, teacher's softened, and so on: a handful of (rows, classes).
+    logits = TINY.rows * TINY.classes * 4 / 1e6
+    assert logits < measured["kd"].mb < 30 * logits
+    assert measured["reviewkd"].mb > 10 * measured["kd"].mb
+
+
+def test_a_method_that_refuses_the_pair_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(self: nn.Module, *seen: object) -> None:
+        raise Refused("Not these.")
+
+    monkeypatch.setattr(FitNet, "build", build)
+    costs = speed.loss_costs(replace(TINY, dtype=torch.float32), rounds=1, only=["fitnet"])
+    assert costs.keys() == {"fitnet", "kd"} and costs["fitnet"] == "Not these."
+
+
+def test_the_whole_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speed, "QUICK", replace(TINY, dtype=torch.float32))
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    assert speed.main(["--quick", "--rounds", "1", "--only", "at,two peers", "--keep", "here"]) == 0
+    kept = json.loads((tmp_path / "here.json").read_text())
+    assert kept["steps"].keys() == {"at", "two peers"}
+    assert kept["losses"].keys() == {"at", "kd"}
+    assert kept["setting"]["threads"] == 1 and kept["setting"]["rounds"] == 1
+    assert len(kept["setting"]["commit"].removesuffix("-dirty")) == 40
+    out = capsys.readouterr().out
+    assert "two peers" in out and "ours MB" in out
+
+
+def test_framework_cost_is_ours_over_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(by_hand.KD):
+        def forward(self, s: by_hand.Looks, t: by_hand.Looks, index: torch.Tensor) -> torch.Tensor:
+            return (
+                super().forward(s, t, index) + sum(nn.functional.relu(index).sum() for _ in range(3000)) * 0
+            )
+
+    monkeypatch.setattr(by_hand, "KD", Slow)
+    ours, hand = speed.framework_cost(steps=2, rounds=3)
+    assert 0 < ours < hand
