@@ -1,128 +1,486 @@
-"""What the house costs: `python benchmarks/speed.py`.
+"""What the house costs: `python -m benchmarks.speed`, a few minutes; `--quick` to see that it runs.
 
-With networks so small that nothing else counts, one step through Engine + Offline + Distiller is timed
-against a hand-written loop of the same method, interleaved in one process at one thread, in CPU time. Also:
-what `import limbeck` adds to `import torch`, and how long `limbeck --help` takes. Prints a table; writes
-nothing.
+- A step of a method through Engine, scheme and Distiller against the same step written by hand (by_hand.py):
+  CPU time, interleaved in one process at one thread, and the most that is allocated. Before, both take a step
+  from the same weights, and must come to the same loss and the same weights.
+- The loss of every method that is found, forward and backward on fixed features of the same networks.
+- What the framework adds to a step of networks so small that nothing else counts, what `import limbeck` adds
+  to `import torch`, and how long `limbeck --help` takes.
+
+Fails when a step is for sure 5 % slower than by hand (the lower end of a 90 % interval of the median ratio is
+above 1.05), or takes 5 % more memory. `--keep NAME` writes benchmarks/results/speed/NAME.json.
 """
 
+import argparse
 import copy
+import json
+import math
+import os
+import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from limbeck.core.batch import Batch
+from benchmarks import by_hand, memory
+from limbeck import registry
+from limbeck.core.batch import Batch, Lesson
 from limbeck.core.distiller import Distiller
-from limbeck.data.loader import Data, Loader
-from limbeck.engine import Engine, Pace
+from limbeck.core.keyed import forked, generator
+from limbeck.core.method import Method
+from limbeck.core.refused import Refused
+from limbeck.core.scheme import Scheme, Term
+from limbeck.core.taps import Seen, Tapped
+from limbeck.core.teachers import Frozen, Peer
+from limbeck.engine import Engine, Pace, Record
+from limbeck.knowledge.feature.crd import CRD
 from limbeck.knowledge.response.kd import KD
 from limbeck.schemes.offline import Offline
+from limbeck.schemes.online import Online
 
-ROUNDS, STEPS, ROWS = 15, 200, 16
+# The methods that have a loop by hand, and the weights of the field.
+WEIGHTS = {"kd": 1.0, "fitnet": 200.0, "at": 1000.0, "rkd": 1.0, "crd": 0.8, "reviewkd": 5.0}
+LIMIT = 1.05
+ENOUGH = 9  # rounds for a verdict
+RESULTS = Path(__file__).parent / "results" / "speed"
 
 
-def tiny() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+@dataclass(frozen=True)
+class Scene:
+    """What is timed: the networks, and the batch that they are shown."""
+
+    teacher: str = "resnet32x4"
+    student: str = "resnet8x4"
+    rows: int = 64
+    size: int = 32
+    classes: int = 100
+    samples: int = 50_000
+    negatives: int = 16_384
+    dtype: torch.dtype = torch.float32
+
+    def net(self, name: str, seed: int = 0) -> nn.Module:
+        with forked(seed, name):
+            return registry.find("model", name)(classes=self.classes).to(self.dtype)
+
+    def batch(self) -> Batch:
+        draw = generator("a batch to time")
+        labels = torch.randint(self.classes, (self.samples,), generator=draw)
+        index = torch.randperm(self.samples, generator=draw)[: self.rows]
+        x = torch.randn(self.rows, 3, self.size, self.size, generator=draw, dtype=self.dtype)
+        lesson = Lesson(samples=self.samples, classes=self.classes, labels=labels)
+        return Batch(x, labels[index], index, lesson)
+
+    def method(self, name: str) -> Method:
+        knobs = {"negatives": self.negatives} if name == "crd" else {}
+        return registry.find("method", name)(**knobs)
+
+
+FULL = Scene()
+QUICK = Scene("resnet14", "resnet8", rows=16, size=16, classes=10, samples=500, negatives=200)
+
+
+# --- a step, ours and by hand ---
 
 
 class Same:
-    """A loader that costs nothing: the same batch again and again."""
+    """A loader that costs nothing: the same batch again and again. The first step is an epoch, which leaves
+    a Record; the next one never ends."""
 
     def __init__(self, batch: Batch) -> None:
-        self.batch, self.steps = batch, STEPS
+        self.batch, self.steps = batch, 1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for _ in range(start, self.steps):
+        yield self.batch
+        self.steps = sys.maxsize
+        while True:
             yield self.batch
 
 
-def ours(student: nn.Module, teacher: nn.Module, batch: Batch) -> Callable[[], None]:
-    distiller = Distiller(student, teacher, KD(), example=batch)
-    engine = Engine(
-        Offline(distiller), Same(batch), {"student": Pace(_sgd(student), lambda step: 1.0)}, epochs=10**9
+@dataclass
+class Duel:
+    """A step of ours and the same step by hand, from the same weights."""
+
+    ours: Callable[[], Record | None]
+    by_hand: Callable[[], Tensor]
+    learners: tuple[Sequence[nn.Module], Sequence[nn.Module]]
+    """Ours and theirs; their tensors are in one order."""
+
+    def agree(self) -> None:
+        """Both take their first step. Raises `AssertionError` when the loss or what it leaves differs."""
+        record = self.ours()
+        assert record is not None, "this is not the first step"
+        mine, theirs = sum(record.losses.values()), float(self.by_hand())
+        exact = states(self.learners[0])[0].dtype == torch.float64
+        close = 1e-9 if exact else 1e-4
+        assert math.isclose(mine, theirs, rel_tol=close), f"the loss is {mine}, by hand {theirs}"
+        for a, b in zip(*map(states, self.learners), strict=True):
+            torch.testing.assert_close(a, b, rtol=10 * close, atol=0.1 * close)
+
+
+def states(modules: Sequence[nn.Module]) -> list[Tensor]:
+    return [value for module in modules for value in module.state_dict().values()]
+
+
+def under_teacher(name: str, scene: Scene) -> Duel:
+    """A method between a student and a trained teacher."""
+    batch, student, teacher = scene.batch(), scene.net(scene.student), scene.net(scene.teacher)
+    other = copy.deepcopy(student)
+    method = scene.method(name)
+    distiller = Distiller(student, teacher, Term(method, weight=WEIGHTS[name]), example=batch)
+
+    criterion = _criterion(name, student, teacher, scene, batch).to(scene.dtype)
+    for theirs, ours in zip(states([criterion]), states([method]), strict=True):
+        theirs.copy_(ours)
+    if isinstance(method, CRD) and isinstance(criterion, by_hand.CRD):
+        # Both take the first step with our negatives. Those that are timed are each with its own.
+        assert batch.index is not None
+        criterion.dealt = method.pairs(batch.index, batch.lesson)[0][:, 1:]
+
+    step = by_hand.under_teacher(other, teacher, criterion, WEIGHTS[name])
+    learners = (student, method), (other, criterion)
+    return Duel(_steps(Offline(distiller), batch), _bound(step, batch), learners)
+
+
+def _criterion(
+    name: str, student: nn.Module, teacher: nn.Module, scene: Scene, batch: Batch
+) -> by_hand.Criterion:
+    assert batch.lesson.labels is not None
+    labels = batch.lesson.labels
+    made: dict[str, Callable[[], by_hand.Criterion]] = {
+        "kd": by_hand.KD,
+        "fitnet": lambda: by_hand.FitNet(student, teacher),
+        "at": by_hand.AT,
+        "rkd": by_hand.RKD,
+        "crd": lambda: by_hand.CRD(student, teacher, labels, scene.negatives),
+        "reviewkd": lambda: by_hand.ReviewKD(student, teacher),
+    }
+    return made[name]()
+
+
+def two_peers(scene: Scene) -> Duel:
+    """Deep mutual learning: both players learn, each from the other."""
+    batch = scene.batch()
+    nets = {name: scene.net(scene.student, seed) for seed, name in enumerate(("one", "other"))}
+    theirs = [copy.deepcopy(net) for net in nets.values()]
+    peers = {name: Peer(net, batch) for name, net in nets.items()}
+    lessons = {
+        name: Distiller(nets[name], peers[other], KD(temperature=1.0), example=batch)
+        for name, other in (("one", "other"), ("other", "one"))
+    }
+    step = by_hand.mutual(*theirs)
+    ours = _steps(Online(lessons, peers), batch)
+    return Duel(ours, _bound(step, batch), (list(nets.values()), theirs))
+
+
+def _steps(scheme: Scheme, batch: Batch) -> Callable[[], Record | None]:
+    paces = {
+        name: Pace(by_hand.sgd(parameters.values()), lambda step: 1.0)
+        for name, parameters in scheme.players().items()
+    }
+    lessons = Engine(scheme, Same(batch), paces, epochs=2).lessons()
+    return lambda: next(lessons)
+
+
+def _bound(step: by_hand.Step, batch: Batch) -> Callable[[], Tensor]:
+    assert batch.y is not None and batch.index is not None
+    x, y, index = batch.x, batch.y, batch.index
+    return lambda: step(x, y, index)
+
+
+@dataclass
+class Step:
+    """Milliseconds of CPU time (medians over rounds), ours in units of by hand, megabytes at the peak."""
+
+    ours_ms: float
+    by_hand_ms: float
+    ratio: float
+    low: float
+    high: float
+    ours_mb: float
+    by_hand_mb: float
+    ratios: list[float]
+
+    @property
+    def slower(self) -> bool:
+        return self.low > LIMIT
+
+    @property
+    def bigger(self) -> bool:
+        return self.ours_mb > LIMIT * self.by_hand_mb
+
+
+def step_cost(duel: Duel, rounds: int) -> Step:
+    duel.agree()
+    ours, theirs = race((duel.ours, duel.by_hand), rounds)
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, high = interval(ratios)
+    for module in (*duel.learners[0], *duel.learners[1]):
+        module.zero_grad()
+    # Of two steps, so that what one leaves behind for the next counts.
+    ours_mb, by_hand_mb = (memory.peak(again(step, 2)) / 1e6 for step in (duel.ours, duel.by_hand))
+    return Step(
+        1e3 * statistics.median(ours),
+        1e3 * statistics.median(theirs),
+        statistics.median(ratios),
+        low,
+        high,
+        ours_mb,
+        by_hand_mb,
+        ratios,
     )
-    lessons = engine.lessons()
-
-    def go() -> None:
-        for _ in range(STEPS):
-            next(lessons)
-
-    return go
 
 
-def by_hand(student: nn.Module, teacher: nn.Module, batch: Batch) -> Callable[[], None]:
-    teacher.eval()
-    optimiser = _sgd(student)
+def race(arms: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of CPU time of each arm in each round, those of a process it waits for too. Arms take turns in
+    being first, and one untimed round warms up."""
+    times: list[list[float]] = [[] for _ in arms]
+    for round_ in range(-1, rounds):
+        for place in range(len(arms)):
+            arm = (round_ + place) % len(arms)
+            began = cpu_seconds()
+            arms[arm]()
+            if round_ >= 0:
+                times[arm].append(cpu_seconds() - began)
+    return times
 
-    def go() -> None:
-        for _ in range(STEPS):
-            s = student(batch.x)
-            with torch.no_grad():
-                t = teacher(batch.x)
-            kl = F.kl_div(
-                F.log_softmax(s / 4, 1), F.log_softmax(t / 4, 1), reduction="batchmean", log_target=True
+
+def cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def again(call: Callable[[], object], often: int) -> Callable[[], object]:
+    return lambda: [call() for _ in range(often)]
+
+
+def interval(values: Sequence[float], share: float = 0.9) -> tuple[float, float]:
+    """A bootstrap interval of the median, by percentiles."""
+    draws = np.random.default_rng(0).choice(np.asarray(values), (10_000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+# --- every method's loss ---
+
+
+@dataclass
+class Loss:
+    """Milliseconds of CPU time of forward and backward, and megabytes at their peak beyond what was there."""
+
+    ms: float
+    mb: float
+
+
+def loss_costs(scene: Scene, rounds: int, only: Sequence[str] = ()) -> dict[str, Loss | str]:
+    """By method, and `kd through LENS` for every lens; or only of some names, and KD. A sentence is why a
+    method refuses this pair."""
+    batch, student, teacher = scene.batch(), scene.net(scene.student), scene.net(scene.teacher)
+    costs: dict[str, Loss | str] = {}
+    methods = registry.names("method")
+    arms: dict[str, tuple[Method, Any]] = {name: (scene.method(name), None) for name in methods}
+    for name in registry.names("lens"):
+        lens = registry.find("lens", name)
+        arms[f"kd through {name}"] = scene.method("kd"), lens() if isinstance(lens, type) else lens
+    for name, (method, lens) in arms.items():
+        if only and name not in (*only, "kd"):
+            continue
+        try:
+            call = _loss(method, lens, student, teacher, batch)
+        except Refused as error:
+            costs[name] = str(error)
+            continue
+        ((warm,),) = race([call], 1)
+        often = 1 + int(0.02 / warm)  # a short one is timed many at a time
+        (times,) = race([again(call, often)], rounds)
+        costs[name] = Loss(1e3 * statistics.median(times) / often, memory.peak(call) / 1e6)
+    return costs
+
+
+def _loss(
+    method: Method, lens: Any, student: nn.Module, teacher: nn.Module, batch: Batch
+) -> Callable[[], object]:
+    """Forward and backward of a method's loss on what the pair shows, down to that and to its own modules."""
+    tapped, frozen = Tapped(student.train(), called="student"), Frozen(teacher)
+    tapped.look(method.looks())
+    frozen.look(method.looks())
+    with torch.no_grad():
+        s, t = tapped(batch.x), frozen(batch)
+    shown = [v.requires_grad_() for v in (s.out, *s.at.values())]
+
+    def look() -> tuple[Seen, Seen, Any]:
+        return (s, t, 1.0) if lens is None else lens(s, t)
+
+    with forked(0, "build"):
+        method.build(*look()[:2], batch)
+        method.to(s.out.dtype)
+    leaves = [*shown, *(p for p in method.parameters() if p.requires_grad)]
+
+    def call() -> object:
+        s, t, factor = look()
+        return torch.autograd.grad(factor * method.loss(s, t, batch), leaves, allow_unused=True)
+
+    return call
+
+
+# --- the framework by itself ---
+
+TINY_STEPS, TINY_ROUNDS = 200, 15
+
+
+def framework_cost(steps: int = TINY_STEPS, rounds: int = TINY_ROUNDS) -> tuple[float, float]:
+    """Median milliseconds of a step of KD with networks that cost nothing: (ours, by hand)."""
+    draw = generator("tiny")
+    x, y = torch.randn(16, 8, generator=draw), torch.randint(4, (16,), generator=draw)
+    batch = Batch(x, y, torch.arange(16))
+    with forked("tiny"):
+        student, teacher = (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
+    other = copy.deepcopy(student)
+    distiller = Distiller(student, teacher, KD(), example=batch)
+    ours = _steps(Offline(distiller), batch)
+    theirs = _bound(by_hand.under_teacher(other, teacher, by_hand.KD(), 1.0), batch)
+    times = race([again(ours, steps), again(theirs, steps)], rounds)
+    mine, hand = (1e3 * statistics.median(each) / steps for each in times)
+    return mine, hand
+
+
+def command(*words: str) -> Callable[[], object]:
+    return lambda: subprocess.run([sys.executable, *words], check=True, capture_output=True)
+
+
+AIMS = {
+    "framework cost of a tiny step (ms over a hand-written loop)": 0.5,
+    "`from limbeck import Distiller` over `import torch` (s)": 0.2,
+    "`limbeck --help` (s)": 0.4,
+}
+
+
+def house(rounds: int) -> dict[str, float]:
+    mine, hand = framework_cost()
+    commands = (
+        ("-c", "import torch"),
+        ("-c", "from limbeck import Distiller"),
+        ("-m", "limbeck.cli", "--help"),
+    )
+    times = race([command(*words) for words in commands], rounds)
+    torch_, limbeck, help_ = (statistics.median(each) for each in times)
+    return dict(zip(AIMS, (mine - hand, limbeck - torch_, help_), strict=True))
+
+
+# --- all of it ---
+
+
+@dataclass
+class Figures:
+    """What a run measured, and where."""
+
+    setting: dict[str, Any]
+    steps: dict[str, Step] = field(default_factory=dict)
+    losses: dict[str, Loss | str] = field(default_factory=dict)
+    house: dict[str, float] = field(default_factory=dict)
+
+    def failures(self) -> list[str]:
+        slow = [
+            f"a step of {name} takes {step.ratio:.3f} of the time by hand ({step.low:.3f} to {step.high:.3f})"
+            for name, step in self.steps.items()
+            if step.slower
+        ]
+        big = [
+            f"a step of {name} takes {step.ours_mb:.1f} MB, by hand {step.by_hand_mb:.1f}"
+            for name, step in self.steps.items()
+            if step.bigger
+        ]
+        return slow + big
+
+
+def setting(scene: Scene, rounds: int) -> dict[str, Any]:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+    cpu = Path("/proc/cpuinfo")
+    names = cpu.read_text(encoding="utf-8").split("model name") if cpu.exists() else []
+    return {
+        "commit": commit.stdout.strip(),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": names[1].split("\n")[0].strip(" \t:") if len(names) > 1 else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "scene": {**asdict(scene), "dtype": str(scene.dtype).removeprefix("torch.")},
+    }
+
+
+def measure(scene: Scene, rounds: int, only: Sequence[str] = ()) -> Figures:
+    """Everything, printed as it comes; or only the steps and losses of some names."""
+    figures = Figures(setting(scene, rounds))
+    print(", ".join(f"{k} {v}" for k, v in figures.setting.items() if k != "scene"))
+    print(f"{scene.teacher} → {scene.student}, {scene.rows} x 3 x {scene.size} x {scene.size}\n")
+    print(f"{'a step':24s}   ours ms   by hand   ratio            90 %   ours MB   by hand")
+    duels: dict[str, Callable[[], Duel]] = {
+        **{name: lambda name=name: under_teacher(name, scene) for name in WEIGHTS},  # type: ignore[misc]
+        "two peers": lambda: two_peers(scene),
+    }
+    for name, make in duels.items():
+        if not only or name in only:
+            figures.steps[name] = step = step_cost(make(), rounds)
+            print(
+                f"{name:24s} {step.ours_ms:9.1f} {step.by_hand_ms:9.1f} {step.ratio:7.3f} "
+                f"{step.low:7.3f} {step.high:7.3f} {step.ours_mb:9.1f} {step.by_hand_mb:9.1f}",
+                flush=True,
             )
-            loss = F.cross_entropy(s, batch.y) + 16 * kl
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-
-    return go
-
-
-def _sgd(student: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(student.parameters(), 0.01, 0.9)
-
-
-def step_cost() -> tuple[float, float]:
-    """Median milliseconds a step: (ours, by hand)."""
-    torch.manual_seed(0)
-    student, teacher = tiny(), tiny()
-    data = Data(torch.randn(ROWS, 8), torch.randint(4, (ROWS,)), tuple("abcd"))
-    batch = next(Loader(data, ROWS, seed=0).epoch(0))
-    arms = [
-        ours(copy.deepcopy(student), teacher, batch),
-        by_hand(copy.deepcopy(student), copy.deepcopy(teacher), batch),
-    ]
-    times: list[list[float]] = [[], []]
-    for round_ in range(ROUNDS + 1):
-        for arm, kept in zip(arms, times, strict=True):
-            began = time.process_time()
-            arm()
-            if round_:  # the first round warms up
-                kept.append((time.process_time() - began) / STEPS * 1e3)
-    return statistics.median(times[0]), statistics.median(times[1])
+    figures.losses = loss_costs(scene, rounds, only)
+    kd = figures.losses["kd"]
+    assert isinstance(kd, Loss), kd
+    print(f"\n{'a loss':24s}        ms     of KD        MB     of KD")
+    for name, loss in figures.losses.items():
+        said = (
+            loss
+            if isinstance(loss, str)
+            else f"{loss.ms:9.2f} {loss.ms / kd.ms:9.1f} {loss.mb:9.3f} {loss.mb / kd.mb:9.1f}"
+        )
+        print(f"{name:24s} {said}")
+    if not only:
+        figures.house = house(5)
+        print()
+        for what, value in figures.house.items():
+            print(f"{what:60s} {value:7.3f}   aim <= {AIMS[what]}")
+    return figures
 
 
-def seconds(*command: str) -> float:
-    """Median wall seconds of a command over five runs."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def keep(figures: Figures, name: str) -> Path:
+    kept = RESULTS / f"{name}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(asdict(figures), indent=1) + "\n", encoding="utf-8")
+    return kept
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What the house costs.")
+    parser.add_argument("--quick", action="store_true", help="small networks: does it run? No verdict")
+    parser.add_argument("--rounds", type=int, default=None, help=f"{ENOUGH} or more for a verdict (11)")
+    parser.add_argument("--only", default="", help="names, with commas: only their steps and losses")
+    parser.add_argument("--keep", metavar="NAME", help="write benchmarks/results/speed/NAME.json")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rounds = given.rounds or (3 if given.quick else 11)
+    figures = measure(QUICK if given.quick else FULL, rounds, [n for n in given.only.split(",") if n])
+    if given.keep:
+        print(f"\nkept in {keep(figures, given.keep)}")
+    failures = figures.failures() if rounds >= ENOUGH and not given.quick else []
+    for failure in failures:
+        print(f"too much: {failure}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    mine, hand = step_cost()
-    bare = seconds("-c", "import torch")
-    rows = [
-        ("framework cost of a step (ms over a hand-written loop)", mine - hand, 0.5),
-        (
-            "`from limbeck import Distiller` over `import torch` (s)",
-            seconds("-c", "from limbeck import Distiller") - bare,
-            0.2,
-        ),
-        ("`limbeck --help` (s)", seconds("-m", "limbeck.cli", "--help"), 0.4),
-    ]
-    print(f"torch {torch.__version__}, one thread; step by hand {hand:.3f} ms, ours {mine:.3f} ms")
-    for what, value, limit in rows:
-        print(f"{what:58s} {value:7.3f}   aim <= {limit}")
+    sys.exit(main())

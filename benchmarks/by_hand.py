@@ -1,0 +1,260 @@
+"""The same training steps as a competent person writes them without limbeck, to time ours against.
+
+One loop for a student under a teacher, a criterion for each method, and a loop for two peers. Nothing of
+limbeck is imported; the networks are its ResNets, looked into by a forward that returns what is wanted.
+Formulas are those of the papers' official code, in plain autograd. Where that is wasteful in a way that one
+sees (CRD gathers a gigabyte a step) it is the better way: to beat a slow loop proves nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, y, index) → what the student's loss was, detached; the student has learned."""
+Looks = Mapping[str, Tensor]
+Net = Any
+"""A ResNet of limbeck.models."""
+
+
+def under_teacher(student: Net, teacher: Net, criterion: "Criterion", weight: float) -> Step:
+    """Cross-entropy, and the criterion times its weight."""
+    student.train()
+    teacher.eval()
+    optimiser = sgd([*student.parameters(), *criterion.parameters()])
+
+    def step(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        s = look(student, x, criterion.wants)
+        with torch.no_grad():
+            t = look(teacher, x, criterion.wants)
+        loss = F.cross_entropy(s["logits"], y) + weight * criterion(s, t, index)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        criterion.after_step()
+        return loss.detach()
+
+    return step
+
+
+def mutual(one: Net, other: Net) -> Step:
+    """Two peers (Zhang et al. 2018): both answer, then each learns from labels and from the other."""
+    nets = one.train(), other.train()
+    optimisers = [sgd(net.parameters()) for net in nets]
+
+    def step(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        answers = [net(x) for net in nets]
+        losses = [
+            F.cross_entropy(mine, y)
+            + F.kl_div(mine.log_softmax(1), theirs.detach().softmax(1), reduction="batchmean")
+            for mine, theirs in zip(answers, reversed(answers), strict=True)
+        ]
+        for loss, optimiser in zip(losses, optimisers, strict=True):
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return torch.stack(losses).detach().sum()
+
+    return step
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Slow enough that networks which are only timed stay finite."""
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+
+def look(net: Net, x: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+    """A ResNet's forward that returns its logits and what is wanted of stage1, stage2, stage3 and pooled."""
+    if not wanted:
+        return {"logits": net(x)}
+    seen = {}
+    x = net.relu(net.bn1(net.conv1(x)))
+    for name, layer in (("stage1", net.layer1), ("stage2", net.layer2), ("stage3", net.layer3)):
+        x = layer(x)
+        if name in wanted:
+            seen[name] = x
+    x = x.mean((2, 3))
+    if "pooled" in wanted:
+        seen["pooled"] = x
+    return {"logits": net.fc(x), **seen}
+
+
+def widths(net: Net) -> dict[str, int]:
+    stages = {f"stage{n}": layer[-1].bn2.num_features for n, layer in enumerate(net.stages, start=1)}
+    return {**stages, "pooled": net.fc.in_features}
+
+
+class Criterion(nn.Module):
+    """A loss on what a student and a teacher show, with whatever it trains or remembers."""
+
+    wants: tuple[str, ...] = ()
+
+    def after_step(self) -> None:
+        pass
+
+
+class KD(Criterion):
+    temperature = 4.0
+
+    def forward(self, s: Looks, t: Looks, index: Tensor) -> Tensor:
+        mine = F.log_softmax(s["logits"] / self.temperature, dim=1)
+        theirs = F.softmax(t["logits"] / self.temperature, dim=1)
+        return F.kl_div(mine, theirs, reduction="batchmean") * self.temperature**2
+
+
+class FitNet(Criterion):
+    wants = ("stage2",)
+
+    def __init__(self, student: Net, teacher: Net) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(widths(student)["stage2"], widths(teacher)["stage2"], 1)
+
+    def forward(self, s: Looks, t: Looks, index: Tensor) -> Tensor:
+        return 0.5 * F.mse_loss(self.project(s["stage2"]), t["stage2"])
+
+
+class AT(Criterion):
+    wants = ("stage1", "stage2", "stage3")
+
+    def forward(self, s: Looks, t: Looks, index: Tensor) -> Tensor:
+        gaps = [F.mse_loss(self.attention(s[name]), self.attention(t[name])) for name in self.wants]
+        return torch.stack(gaps).sum()
+
+    @staticmethod
+    def attention(x: Tensor) -> Tensor:
+        return F.normalize(x.pow(2).mean(1).flatten(1))
+
+
+class RKD(Criterion):
+    wants = ("pooled",)
+
+    def forward(self, s: Looks, t: Looks, index: Tensor) -> Tensor:
+        here = s["pooled"]
+        with torch.no_grad():
+            distances, angles = self.distances(t["pooled"]), self.angles(t["pooled"])
+        return 25 * F.smooth_l1_loss(self.distances(here), distances) + 50 * F.smooth_l1_loss(
+            self.angles(here), angles
+        )
+
+    @staticmethod
+    def distances(x: Tensor) -> Tensor:
+        square = x.pow(2).sum(1)
+        distance = (square[:, None] + square - 2 * x @ x.T).clamp(min=1e-12).sqrt()
+        distance = distance * (1 - torch.eye(len(x), dtype=x.dtype))
+        return distance / distance[distance > 0].mean()
+
+    @staticmethod
+    def angles(x: Tensor) -> Tensor:
+        arms = F.normalize(x[None] - x[:, None], dim=2)
+        return torch.bmm(arms, arms.mT)
+
+
+class CRD(Criterion):
+    """`labels` of all training samples say which of them are negatives."""
+
+    wants = ("pooled",)
+    width, temperature, momentum = 128, 0.07, 0.5
+
+    bank_s: Tensor
+    bank_t: Tensor
+    log_z: Tensor
+    dealt: Tensor | None = None
+    """Negatives to take once, instead of drawing."""
+
+    def __init__(self, student: Net, teacher: Net, labels: Tensor, negatives: int) -> None:
+        super().__init__()
+        bound = math.sqrt(3 / self.width)
+        self.register_buffer("bank_s", torch.empty(len(labels), self.width).uniform_(-bound, bound))
+        self.register_buffer("bank_t", torch.empty(len(labels), self.width).uniform_(-bound, bound))
+        self.register_buffer("log_z", torch.full((2,), -torch.inf))
+        self.project_s = nn.Linear(widths(student)["pooled"], self.width)
+        self.project_t = nn.Linear(widths(teacher)["pooled"], self.width)
+        self.negatives, self.labels = negatives, labels
+        self.by_class = labels.argsort(stable=True)
+        self.many = labels.bincount()
+        self.first = self.many.cumsum(0) - self.many
+
+    def draw(self, index: Tensor) -> Tensor:
+        """Samples of other classes for each row, with replacement."""
+        own = self.labels[index]
+        first, many = self.first[own, None], self.many[own, None]
+        place = (torch.rand(len(index), self.negatives) * (len(self.labels) - many)).long()
+        return self.by_class[place + many * (place >= first)]
+
+    def forward(self, s: Looks, t: Looks, index: Tensor) -> Tensor:
+        here = F.normalize(self.project_s(s["pooled"]))
+        there = F.normalize(self.project_t(t["pooled"]))
+        negatives, self.dealt = self.draw(index) if self.dealt is None else self.dealt, None
+        pairs = torch.cat([index[:, None], negatives], dim=1)
+        self.shown = index, here.detach(), there.detach()
+        return self.contrast(here, self.bank_t, pairs, 0) + self.contrast(there, self.bank_s, pairs, 1)
+
+    def contrast(self, anchor: Tensor, bank: Tensor, pairs: Tensor, way: int) -> Tensor:
+        scores = (anchor @ bank.T).gather(1, pairs) / self.temperature
+        if self.log_z[way].isinf():  # the first batch fixes it
+            mean = scores.detach().flatten().logsumexp(0) - math.log(scores.numel())
+            self.log_z[way] = mean + math.log(len(bank))
+        odds = scores - self.log_z[way] - math.log(self.negatives / len(bank))
+        return F.softplus(-odds[:, 0]).mean() + F.softplus(odds[:, 1:]).sum(1).mean()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        index, *shown = self.shown
+        del self.shown
+        for bank, seen in zip((self.bank_s, self.bank_t), shown, strict=True):
+            bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * seen)
+
+
+class ReviewKD(Criterion):
+    wants = ("stage1", "stage2", "stage3", "pooled")
+
+    def __init__(self, student: Net, teacher: Net) -> None:
+        super().__init__()
+        s, t = widths(student), widths(teacher)
+        deepest_first = self.wants[::-1]
+        self.fusions = nn.ModuleList(
+            Fusion(s[name], min(512, s["pooled"]), t[name], fuse=name != "pooled") for name in deepest_first
+        )
+
+    def forward(self, s: Looks, t: Looks, index: Tensor) -> Tensor:
+        losses, above = [], None
+        for name, fusion in zip(self.wants[::-1], self.fusions, strict=True):
+            here, there = (x[name] if name != "pooled" else x[name][:, :, None, None] for x in (s, t))
+            given, above = fusion(here, above, there.shape[-1])
+            losses.append(self.hcl(given, there))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def hcl(s: Tensor, t: Tensor) -> Tensor:
+        loss, weight, weights = F.mse_loss(s, t), 1.0, 1.0
+        for level in (4, 2, 1):
+            if level < s.shape[-1]:
+                weight /= 2
+                weights += weight
+                here, there = F.adaptive_avg_pool2d(s, level), F.adaptive_avg_pool2d(t, level)
+                loss = loss + weight * F.mse_loss(here, there)
+        return loss / weights
+
+
+class Fusion(nn.Module):
+    def __init__(self, inputs: int, width: int, outputs: int, fuse: bool) -> None:
+        super().__init__()
+        self.own = nn.Sequential(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.attend = nn.Conv2d(2 * width, 2, 1) if fuse else None
+        self.give = nn.Sequential(
+            nn.Conv2d(width, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
+        )
+
+    def forward(self, x: Tensor, above: Tensor | None, grid: int) -> tuple[Tensor, Tensor]:
+        x = self.own(x)
+        if self.attend is not None and above is not None:
+            above = F.interpolate(above, x.shape[-2:], mode="nearest")
+            share = self.attend(torch.cat([x, above], dim=1)).sigmoid()
+            x = x * share[:, :1] + above * share[:, 1:]
+        if x.shape[-1] != grid:
+            x = F.interpolate(x, (grid, grid), mode="nearest")
+        return self.give(x), x
