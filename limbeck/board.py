@@ -178,6 +178,7 @@ class Board:
                     "name": name,
                     "changes": dict(self.changes[name]),
                     "scores": scores,
+                    "all": [r["scores"] for r in results],
                     "mean": statistics.fmean(scores),
                     "sd": _sd(scores),
                     "difference": None if name == CONTROL else paired(scores, control),

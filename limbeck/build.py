@@ -7,6 +7,7 @@ device → optimisers.
 import copy
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from limbeck.data.outside import as_splits
 from limbeck.data.published import shelves
 from limbeck.data.unseen import keep_unseen
 from limbeck.engine import Engine, Pace
+from limbeck.models.choose import choose
 from limbeck.recipe import Made, Mean, Named, Net, Optim, Recipe, Source, Stage, Use
 
 
@@ -208,12 +210,20 @@ def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:
     with forked(seed, "model", name):
         try:
             model = factory(**{**wanted, **spec.knobs})
+        except Refused:
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
             raise Refused(
                 f"Model '{name}' ({spec.name}) cannot be made with {spec.knobs}: {error}."
             ) from error
+    if not isinstance(model, nn.Module):
+        raise Refused(f"Model '{name}' ({spec.name}) is a {type(model).__name__}, expected an nn.Module.")
     if spec.weights is not None:
         _fit(model, checkpoint.load_weights(_file(spec.weights)), f"model '{name}'", spec.weights)
+    if not spec.taps and not hasattr(model, "TAPS"):
+        batch, view = Loader(data, 2, seed=seed).at(0), _view(spec.view)
+        with suppress(Refused):  # what cannot be shown a row has no stages to look at
+            model.TAPS = choose(model, (batch if view is None else view(batch)).x)  # type: ignore[assignment]
     return model
 
 

@@ -29,6 +29,7 @@ def main() -> None:
     code 130."""
     from limbeck.core.refused import Refused
 
+    sys.path.append("")  # modules of yours where you are; anybody else's come first
     try:
         with warnings.catch_warnings():
             # What is to be known is a sentence too, without the line of ours that says it.

@@ -110,6 +110,8 @@ def _optim(spec: Optim) -> str:
     course = f"{spec.schedule} schedule"
     if spec.schedule == "steps":
         course = f"times {spec.gamma:g} at {', '.join(f'{m:g}' for m in spec.milestones)} of the stage"
+    if spec.warmup:
+        course += f" after a warm-up over {spec.warmup:g} of it"
     return (
         f"{spec.name}, learning rate {spec.lr:g}{momentum if spec.name == 'sgd' else ''}, "
         f"weight decay {spec.weight_decay:g}, {course}"

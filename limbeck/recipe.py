@@ -73,6 +73,10 @@ class Net(Named):
     """A network: its name in `models/` or `package.module:factory`, its knobs, and how it is looked at when
     it teaches.
 
+    weights: a safetensors file, or a .npz of plain arrays. taps: names for looks inside it. view: what it is
+        shown when it teaches.
+    columns: for each of the student's classes, its output that scores it. precision: of its answers when it
+        teaches.
     normalise: the [mean, std] of pixel values in 0 … 1 that it was trained under, where they are not those of
         the data.
     """
@@ -86,7 +90,10 @@ class Net(Named):
 
 
 class Mean(Strict):
-    """A teacher that is the running mean of a learner."""
+    """A teacher that is the running mean of a learner.
+
+    mean_of: the learner. decay: of the running mean, a step. view: what it is shown.
+    """
 
     mean_of: str
     decay: float = Field(0.999, ge=0, lt=1)
@@ -94,15 +101,21 @@ class Mean(Strict):
 
 
 class Group(Strict):
-    """A teacher that mixes several teachers' probabilities."""
+    """A teacher that mixes several teachers' probabilities.
+
+    ensemble: the teachers' names. weights: of their probabilities; equal by default.
+    """
 
     ensemble: list[str] = Field(min_length=1)
     weights: list[float] | None = None
 
 
 class Growth(Strict):
-    """A weight's ramp: 0 for `after` epochs, full in the `epochs`-th one after that; the other way round if
-    it `falls`."""
+    """A weight's ramp: 0 for `after` epochs, full in the `epochs`-th one after that; or the other way round.
+
+    epochs: until the weight is full. after: epochs at 0 before that. shape: of the way up. falls: from full
+        to 0 instead.
+    """
 
     epochs: int = Field(ge=1)
     after: int = Field(0, ge=0)
@@ -115,7 +128,13 @@ def _listed(value: Any) -> Any:
 
 
 class Use(Open):
-    """A method in use; further keys are its knobs."""
+    """A method in use; further keys are its knobs.
+
+    method: its name, or `package.module:Class`. teacher: one name or several, then their mean is taken.
+    weight: of the term in the loss. ramp: how the weight grows. view: what the student is shown for this
+        term.
+    through: lenses, first to last.
+    """
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -139,7 +158,13 @@ class Made(Strict):
 
 
 class Optim(Strict):
-    """An optimiser and the course of its learning rate over the stage."""
+    """An optimiser and the course of its learning rate over the stage.
+
+    lr: the highest learning rate. momentum: of sgd. nesterov: of sgd's momentum. schedule: the learning
+        rate's
+        course over the stage. milestones: shares of the stage at which `steps` multiplies it. gamma: by how
+        much. warmup: share of the stage in which it grows from 0.
+    """
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0, allow_inf_nan=False)
@@ -149,11 +174,11 @@ class Optim(Strict):
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     milestones: list[float] = [0.625, 0.75, 0.875]  # of the stage: epochs 150, 180, 210 of 240
     gamma: float = Field(0.1, gt=0, allow_inf_nan=False)
-    warmup: float = Field(0.0, ge=0, lt=1)  # share of the stage in which the rate grows from 0
+    warmup: float = Field(0.0, ge=0, lt=1)
 
 
 def _learner_kind(value: Any) -> str:
-    kinds = {dict: "<made>", Made: "<made>", list: "<several>"}
+    kinds: dict[type, str] = {dict: "<made>", Made: "<made>", list: "<several>"}
     return kinds.get(type(value), "<name>")
 
 
@@ -169,11 +194,19 @@ class Stage(Strict):
     """Somebody learns for some epochs. Without terms it is ordinary training.
 
     learner: one model, several (for a scheme in which several learn: the first is what it ships), or one made
-        now. augment: views of the whole batch, which everybody sees. view: what only the learner sees.
+        now. epochs: passes over the rows. batch: rows a step. labels: how many rows keep theirs; all by
+        default.
     rows: `labelled` leaves the others out. per_class: batches of whole classes, this many rows of each.
+    terms: what is taught beside the task. task_weight: of the ordinary loss. scheme: whose turn it is;
+        `offline`
+        by default. augment: views of the whole batch, which everybody sees. view: what only the learner sees.
     ships: the running mean (`mean_of`) of the learner that is taken in its place at the end.
-    clip: largest norm of a player's gradient. patience: epochs without a better validation score before the
-        stage ends. keep: whether the last or the best epoch's weights are taken.
+    accumulate: micro-batches a step. clip: largest norm of a player's gradient. precision: of the forward, by
+        autocast. compile: the lesson by `torch.compile`.
+    patience: epochs without a better validation score before the stage ends. keep: whether the last or the
+        best
+        epoch's weights are taken.
+    optim: an optimiser for each player; the learner's is `student`.
     """
 
     learner: Learner
@@ -224,7 +257,12 @@ Model = Annotated[
 
 
 class Recipe(Strict):
-    """What is to be done, whole: data, task, models by name, stages in order."""
+    """What is to be done, whole.
+
+    data: where rows come from. task: the ordinary loss and score. seed: fixes whatever is random. models: by
+        the
+        names that stages use. stages: in order; who learned in one may teach in the next.
+    """
 
     data: Annotated[Source, BeforeValidator(_named)]
     task: str = "classify"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from limbeck.core.batch import Batch
 from limbeck.core.distiller import Distiller
-from limbeck.core.keyed import number
+from limbeck.core.keyed import forked, number
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Ramp, Scheme, Term, Turn
@@ -433,7 +433,8 @@ def test_losses_of_one_name_are_told_apart_by_their_player() -> None:
 
 
 def test_a_gradient_that_is_too_long_is_shortened_for_each_player_by_itself() -> None:
-    plan = Duel()
+    with forked(0):
+        plan = Duel()
     plan.net.weight.data.mul_(30)
     start = copy.deepcopy(plan)
     paces = {"scale": pace([plan.scale], 1.0), "net": pace(plan.net.parameters(), 1.0)}
@@ -444,16 +445,24 @@ def test_a_gradient_that_is_too_long_is_shortened_for_each_player_by_itself() ->
     assert float((plan.scale - start.scale).detach().norm()) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_gradient_that_is_short_enough_is_left_alone() -> None:
-    def trained(clip: float | None) -> nn.Module:
-        plan = Duel()
-        plan.net.load_state_dict(weights)
-        paces = {"scale": pace([plan.scale], 0.1), "net": pace(plan.net.parameters(), 0.1)}
-        list(Engine(plan, Loader(DATA, 8, seed=0), paces, epochs=1, clip=clip).lessons())
-        return plan.net
+def test_a_gradient_that_is_short_enough_by_itself_is_left_alone() -> None:
+    with forked(0):
+        start = Duel()
+    start.scale.data.mul_(5)
 
-    weights = nn.Linear(6, 3).state_dict()
-    assert same(trained(None), trained(1e6)) and not same(trained(None), trained(0.1))
+    def after_a_step(clip: float | None) -> tuple[Tensor, Tensor]:
+        plan = copy.deepcopy(start)
+        paces = {"scale": pace([plan.scale], 1.0), "net": pace(plan.net.parameters(), 1.0)}
+        next(Engine(plan, Loader(DATA, 8, seed=0), paces, epochs=1, clip=clip).lessons())
+        pairs = zip(plan.net.parameters(), start.net.parameters(), strict=True)
+        return (plan.scale - start.scale).detach(), torch.cat([(p - q).detach().flatten() for p, q in pairs])
+
+    free = after_a_step(None)
+    norms = sorted(float(moved.norm()) for moved in free)
+    assert norms[0] > 0.05 * norms[1], "both at once must be longer than each"
+    for clip in (1.0001 * norms[1], 1e6):
+        assert all(map(torch.equal, free, after_a_step(clip)))
+    assert not torch.equal(free[1], after_a_step(0.5 * norms[0])[1])
 
 
 # --- evaluation ---

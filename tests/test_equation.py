@@ -149,3 +149,70 @@ def test_the_whole_recipe_names_data_models_and_every_stage() -> None:
 )
 def test_values_are_written_as_people_do(value: Any, shown: str) -> None:
     assert equation._value(value) == shown
+
+
+# A key of a recipe, and a value that is not its default. A new key must be told, too.
+STAGE: dict[str, Any] = {
+    "learner": "teacher",
+    "epochs": 4,
+    "batch": 32,
+    "labels": 10,
+    "rows": "labelled",
+    "per_class": 2,
+    "terms": [{"method": "kd"}],
+    "task_weight": 0.5,
+    "scheme": {"name": "branches"},
+    "augment": "crop",
+    "view": "flip",
+    "ships": "slow",
+    "accumulate": 2,
+    "clip": 1.0,
+    "precision": "float16",
+    "compile": True,
+    "patience": 2,
+    "keep": "best",
+    "optim": {"student": {"lr": 1.0}},
+}
+OPTIM: dict[str, Any] = {
+    "name": "adam",
+    "lr": 1.0,
+    "momentum": 0.5,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "milestones": [0.5],
+    "gamma": 0.5,
+    "warmup": 0.1,
+}
+USE: dict[str, Any] = {
+    "method": "logits_mse",
+    "teacher": "peer",
+    "weight": 2.0,
+    "ramp": {"epochs": 2},
+    "view": "flip",
+    "through": ["logit_standard"],
+}
+
+
+def test_every_key_is_here() -> None:
+    assert set(STAGE) == set(recipe.Stage.model_fields)
+    assert set(OPTIM) == set(recipe.Optim.model_fields)
+    assert set(USE) == {field.alias or name for name, field in recipe.Use.model_fields.items()}
+
+
+@pytest.mark.parametrize(
+    ("where", "key"),
+    [*(("stage", key) for key in STAGE), *(("optim", key) for key in OPTIM), *(("use", key) for key in USE)],
+)
+def test_whatever_is_changed_shows(where: str, key: str) -> None:
+    def lines(changes: dict[str, dict[str, Any]]) -> list[str]:
+        optim = {"schedule": "steps", **changes.get("optim", {})}
+        use = {"method": "kd", **changes.get("use", {})}
+        stage = {"learner": "student", "epochs": 3, "optim": {"student": optim}, "terms": [use]}
+        if where == "stage":
+            stage = {"learner": "student", "epochs": 3, **changes.get("stage", {})}
+        models = tomllib.loads(MODELS)["models"]
+        return equation.stage(recipe.parse({"data": "digits", "models": models, "stages": [stage]}), 0)
+
+    value = {"stage": STAGE, "optim": OPTIM, "use": USE}[where][key]
+    assert lines({where: {key: value}}) != lines({})

@@ -71,6 +71,17 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(
     assert same(run.folder, whole)
 
 
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    run = Run(plan(), tmp_path / "run", every=0)
+    moments = run.moments()
+    for _ in range(3):
+        next(moments)
+    run.lab.models["student"].head.bias.data[0] = float("nan")
+    with pytest.raises(Refused, match="weights of player 'student' became nan"):
+        next(moments)
+    assert checkpoint.load(run.folder)["engine"]["step"] == 2
+
+
 # --- one process at a time ---
 
 

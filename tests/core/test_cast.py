@@ -1,5 +1,7 @@
 """What a stage brings to a scheme: the right number of learners, and for each a lesson of its own."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,8 +47,11 @@ def net(seed: int) -> nn.Linear:
         return nn.Linear(3, 4)
 
 
-def shifted(batch: Batch) -> Batch:
-    return batch.replace(x=batch.x + 1)
+def _shift(batch: Batch, by: float) -> Batch:
+    return batch.replace(x=batch.x + by)
+
+
+shifted = partial(_shift, by=1.0)  # as a recipe's are
 
 
 NETS = {"a": net(0), "b": net(1), "c": net(2)}

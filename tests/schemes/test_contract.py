@@ -111,6 +111,14 @@ def test_every_scheme_has_its_stage_here() -> None:
 
 
 @each_scheme
+def test_assembly_leaves_no_trace(name: str) -> None:
+    lab = build.lab(plan(name))
+    before = copy.deepcopy({who: net.state_dict() for who, net in lab.models.items()})
+    lab.engine(0)
+    assert same({who: net.state_dict() for who, net in lab.models.items()}, before)
+
+
+@each_scheme
 def test_it_trains_and_stays_finite(name: str) -> None:
     _, engine = lesson(name)
     records = [record for record in engine.lessons() if record is not None]
@@ -259,6 +267,14 @@ def test_micro_batches_are_the_whole_batch_or_refused_by_name(name: str) -> None
     cut, engine = fresh(name, batch, accumulate=3)
     next(engine.lessons())
     torch.testing.assert_close(cut.state_dict(), whole.state_dict(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["offline", "online", "branches"])
+def test_a_term_that_compares_rows_is_found_among_the_lessons(name: str) -> None:
+    terms = STAGES[name]["terms"]
+    pairwise = {"method": "rkd", "teacher": terms[0].get("teacher", "teacher")}
+    with pytest.raises(Refused, match="'rkd' compares the rows of a batch"):
+        lesson(name, terms=[terms[0], pairwise], accumulate=2)
 
 
 @each_scheme

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import build, recipe
-from limbeck.core.batch import Lesson
+from limbeck.core.batch import Batch, Lesson
+from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
+from limbeck.core.taps import Seen
 from limbeck.data.loader import Data, Splits
 from limbeck.engine import Engine
 from limbeck.schemes.dafl import DAFL, aliveness, codes, imbalance, one_hot
@@ -117,6 +119,17 @@ class Noise(nn.Module):
         self.linear = nn.Linear(4, 64)
 
 
+class Curious(Method):
+    """Looks for what it should not find."""
+
+    card = Card("none", 2000, ("response",))
+
+    def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
+        assert batch.y is None and batch.lesson.labels is None
+        assert batch.lesson.samples == 2 * ROWS and batch.index is not None
+        return (s.out - t.out).square().mean()
+
+
 def plan(data: str = "tiny", **stage: Any) -> recipe.Recipe:
     return recipe.parse(
         {
@@ -220,6 +233,12 @@ def test_the_data_is_never_looked_at() -> None:
     unlabelled, engine = lesson(labels=0)
     list(engine.lessons())
     assert all(torch.equal(v, ends[0][name]) for name, v in unlabelled.models["student"].state_dict().items())
+
+
+def test_a_method_finds_no_labels() -> None:
+    _, engine = lesson(terms=[{"method": f"{__name__}:Curious"}])
+    *_, record = engine.lessons()
+    assert record is not None and record.losses["curious"] > 0
 
 
 def test_an_ensemble_judges_answers_only() -> None:
