@@ -1,6 +1,7 @@
 # `make help` lists what can be made.
 PYTHON ?= python3
 VENV   ?= .venv
+DATA   ?= digits
 ARGS   ?=
 
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -26,7 +27,7 @@ READY       = $(VENV)/.ready-$(NEED)
 .PHONY: help demo test test-all check lint types docs clean
 
 help:
-	@echo "make demo    install, then run the demo board"
+	@echo "make demo    install, then run the demo board    (DATA=fashion-mnist: on clothes)"
 	@echo "make test    install, then run the fast tests    (ARGS=\"-k rkd\" goes to pytest)"
 	@echo "make check   lint, types, docs and every test, slow ones too"
 	@echo "make lint    ruff"
@@ -37,7 +38,7 @@ help:
 
 # One thread: networks this small only lose by more.
 demo: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/limbeck board recipes/demo.toml
+	OMP_NUM_THREADS=1 $(VENV)/bin/limbeck board recipes/demo$(if $(filter-out digits,$(DATA)),_$(DATA)).toml
 
 test: $(READY)
 	$(PYTEST) -m "not slow" $(ARGS)

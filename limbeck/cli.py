@@ -231,10 +231,8 @@ def _go(work: "Run") -> None:
                 bar.console.print(_record(moment), markup=False, highlight=False, soft_wrap=True)
     result = work.result
     assert result is not None
-    _print(
-        f"{_scores(result['scores'])}; {result['parameters']:,} parameters\nShipped: "
-        f"{work.folder / result['shipped']}"
-    )
+    told = filter(None, [_scores(result["scores"]), f"{result['parameters']:,} parameters"])
+    _print(f"{'; '.join(told)}\nShipped: {work.folder / result['shipped']}")
 
 
 def _watch_board(table: "Board") -> None:
@@ -294,7 +292,8 @@ def _place(moment: "Moment") -> str:
 def _record(moment: "Moment") -> str:
     assert moment.record is not None
     losses = "  ".join(f"{name} {value:.4f}" for name, value in moment.record.losses.items())
-    return f"{_place(moment)}:  {losses}  |  valid {_scores(moment.record.scores)}"
+    scores = _scores(moment.record.scores)
+    return f"{_place(moment)}:  {losses}" + (f"  |  valid {scores}" if scores else "")
 
 
 def _scores(scores: Mapping[str, float]) -> str:

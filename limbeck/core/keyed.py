@@ -44,12 +44,26 @@ def reseed(device: torch.device, *parts: int | str) -> None:
 
 def keyed(lesson: Lesson, index: Int[Tensor, " b"], purpose: str, k: int = 1) -> Float[Tensor, "b {k}"]:
     """`k` uniform numbers in [0, 1) for each row, on the device of `index` (float32, 24 random bits)."""
+    hashed = _traced if torch.compiler.is_compiling() else _hashed
+    return hashed(index, lesson.seed, lesson.epoch, purpose, k)
+
+
+def _hashed(index: Tensor, seed: int, epoch: int, purpose: str, k: int) -> Tensor:
     count = index.long()[:, None] * k + torch.arange(k, device=index.device)
-    z = count * _signed(_GOLDEN) + _signed(number(lesson.seed, lesson.epoch, purpose, k))
+    z = count * _signed(_GOLDEN) + _signed(number(seed, epoch, purpose, k))
     z = (z ^ _shift(z, 30)) * _signed(_MIX1)
     z = (z ^ _shift(z, 27)) * _signed(_MIX2)
     z = z ^ _shift(z, 31)
     return _shift(z, 40).float() * 2.0**-24
+
+
+# A compiler cannot follow the text that `number` makes of the clock, and would trace anew every epoch.
+_traced = torch.library.custom_op("limbeck::keyed", _hashed, mutates_args=())
+
+
+@_traced.register_fake
+def _(index: Tensor, seed: int, epoch: int, purpose: str, k: int) -> Tensor:
+    return index.new_empty(len(index), k, dtype=torch.float32)
 
 
 @contextmanager

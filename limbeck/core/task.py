@@ -28,7 +28,7 @@ class Task(ABC):
     """What is to be done, with or without a teacher."""
 
     headline: ClassVar[str]
-    """The score that boards compare; higher is better."""
+    """The score that boards compare; higher is better. Empty: nothing is scored."""
 
     per_sample: ClassVar[bool] = True
     """Whether its loss is a mean of one term a row, so that a batch may be cut into micro-batches."""

@@ -120,3 +120,14 @@ def test_forked_gives_the_outside_back_when_the_inside_fails() -> None:
         torch.rand(3)
         raise ZeroDivisionError
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_is_the_same_when_compiled_and_is_traced_once_for_all_epochs() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    drawn = torch.compile(keyed, backend="aot_eager", fullgraph=True)
+    index = torch.arange(5)
+    for epoch in range(4):
+        lesson = Lesson(seed=3, epoch=epoch, step=2 * epoch)
+        assert torch.equal(drawn(lesson, index, "crop", 2), keyed(lesson, index, "crop", 2))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the second with a clock that moves
