@@ -66,7 +66,7 @@ class Board:
                 f"An arm is called '{CONTROL}', which is the recipe without a teacher and always there; "
                 "call it something else."
             )
-        self.changes = {CONTROL: {"terms": []}, **arms}
+        self.changes = {CONTROL: _alone(whole.stages[-1]), **arms}
         self.plans = {name: _arm(whole, name, changes) for name, changes in self.changes.items()}
         if len(set(seeds)) < len(seeds):
             raise Refused(f"The seeds {seeds} repeat; give each once.")
@@ -388,6 +388,21 @@ def verdict(arm: Mapping[str, Any]) -> str:
     if gap["p"] >= 0.05:
         return "no difference shown"
     return "helped" if gap["mean"] > 0 else "hurt"
+
+
+def _alone(stage: recipe.Stage) -> dict[str, Any]:
+    """What makes a stage plain training of its first learner: the control."""
+    changes: dict[str, Any] = {"terms": []}
+    if stage.scheme.name != "offline":
+        changes["scheme"] = "offline"
+    if len(stage.learners) > 1:
+        changes["learner"] = stage.learns
+    if stage.ships is not None:
+        changes["ships"] = None
+    if stage.optim.keys() - {"student"}:
+        own = stage.optim.get("student")
+        changes["optim"] = {} if own is None else {"student": own.model_dump()}
+    return changes
 
 
 def _arm(whole: recipe.Recipe, name: str, changes: Mapping[str, Any]) -> recipe.Recipe:

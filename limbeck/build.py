@@ -69,6 +69,7 @@ class Lab:
         example, view = loader.at(0).to(self.device), _view(stage.view)
         shown = example if view is None else view(example)
         peers = {name: Peer(net, shown, taps=looks.get(name), called=name) for name, net in learners.items()}
+        self._refuse_dressed({name for use in stage.terms for name in use.teachers} & peers.keys())
         asked: dict[str, Teacher] = dict(peers)
         for name in [name for use in stage.terms for name in use.teachers]:
             asked.setdefault(name, self.teacher(name))
@@ -108,6 +109,17 @@ class Lab:
             device=self.device,
             stage=number,
         )
+
+    def _refuse_dressed(self, names: set[str]) -> None:
+        """A learner that teaches answers as it learns: what is said of it as a teacher is not passed over."""
+        for name in sorted(names):
+            spec = self.recipe.models.get(name)
+            said = [key for key in ("view", "columns", "normalise", "precision") if getattr(spec, key, None)]
+            if said:
+                raise Refused(
+                    f"'{name}' teaches while it learns, so its `{said[0]}` would change nothing; leave it "
+                    "out, or give the stage a `view`."
+                )
 
     def loader(self, stage: Stage) -> Loader:
         data = self.splits.train

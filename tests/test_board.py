@@ -71,6 +71,23 @@ def result(board: Board) -> dict[str, Any]:
 # --- fair ---
 
 
+@pytest.mark.parametrize("name", ["online", "branches", "mean_teacher", "data_free", "assistants"])
+def test_the_control_is_plain_training_of_the_first_learner(name: str, tmp_path: Path) -> None:
+    """Whatever the scheme: no terms, no peers, no branches, no generator, no running mean."""
+    plan, arms, _, _ = read(Path(__file__).parents[1] / "recipes" / f"{name}.toml")
+    control = Board(plan, arms, [0], tmp_path).plans["control"].stages[-1]
+    taught = plan.stages[-1]
+    assert (control.terms, control.scheme.name, control.learners, control.ships) == (
+        [],
+        "offline",
+        (taught.learns,),
+        None,
+    )
+    same = ("epochs", "batch", "labels", "rows", "augment", "view")
+    assert [getattr(control, key) for key in same] == [getattr(taught, key) for key in same]
+    assert control.optim == {name: one for name, one in taught.optim.items() if name == "student"}
+
+
 def test_an_arm_that_changes_nothing_is_the_control_bit_for_bit(board: Board) -> None:
     for seed in board.seeds:
         for same in ("nothing", "kd of weight 0"):

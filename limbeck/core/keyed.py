@@ -66,6 +66,13 @@ def _(index: Tensor, seed: int, epoch: int, purpose: str, k: int) -> Tensor:
     return index.new_empty(len(index), k, dtype=torch.float32)
 
 
+def keyed_normal(
+    lesson: Lesson, index: Int[Tensor, " b"], purpose: str, k: int = 1
+) -> Float[Tensor, "b {k}"]:
+    """`k` standard normal numbers for each row."""
+    return torch.special.ndtri(keyed(lesson, index, purpose, k).clamp(min=2.0**-25))  # at 0 it is infinite
+
+
 @contextmanager
 def forked(*parts: int | str) -> Iterator[None]:
     """Inside, torch's global CPU generator is seeded by `parts`; outside, nobody notices."""

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from limbeck.core.batch import Batch, Lesson
 from limbeck.core.cast import Cast
 from limbeck.core.distiller import Distiller, Sight
-from limbeck.core.keyed import forked, keyed
+from limbeck.core.keyed import forked, keyed_normal
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Turn, to_work
 from limbeck.core.taps import unmoved
@@ -60,8 +60,7 @@ def imbalance(t: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
 
 def codes(lesson: Lesson, index: Int[Tensor, " b"], width: int) -> Float[Tensor, "b {width}"]:
     """Normal codes for the generator, fixed by (seed, epoch, index)."""
-    even = keyed(lesson, index, "code", width).clamp(min=2.0**-25)  # at 0 the normal is infinite
-    return torch.special.ndtri(even)
+    return keyed_normal(lesson, index, "code", width)
 
 
 class DAFL(Scheme):
@@ -100,6 +99,11 @@ class DAFL(Scheme):
             )
         if not (0 <= alpha < math.inf and 0 <= beta < math.inf):
             raise Refused(f"The weights are alpha = {alpha} and beta = {beta}, expected numbers >= 0.")
+        if getattr(teachers[0], "view", None) is not None:
+            raise Refused(
+                "The teacher has a view of its own, and invented images are judged as they are; leave its "
+                "`view` out."
+            )
         if not isinstance(getattr(generator, "codes", None), int):
             raise Refused(
                 f"'{inventor}' is a {type(generator).__name__}, which does not say in `codes` how wide a "

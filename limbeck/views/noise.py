@@ -1,11 +1,10 @@
 """Normal noise on every number of x: the perturbation of Mean Teacher (Tarvainen & Valpola; NeurIPS 2017;
 arXiv:1703.01780) and of many others."""
 
-import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
-from limbeck.core.keyed import keyed
+from limbeck.core.keyed import keyed_normal
 from limbeck.core.refused import Refused
 
 
@@ -20,6 +19,5 @@ def noise(batch: Batch, sd: float = 0.15, purpose: str = "noise") -> Batch:
         )
     if batch.index is None:
         raise Refused("Noise is drawn by each row's number, and the batch has no `index`; give it one.")
-    even = keyed(batch.lesson, batch.index, purpose, batch.x[0].numel())
-    normal = torch.special.ndtri(even.clamp(min=2.0**-25)).view_as(batch.x)  # at 0 it is infinite
-    return batch.replace(x=batch.x + sd * normal.to(batch.x))
+    drawn = keyed_normal(batch.lesson, batch.index, purpose, batch.x[0].numel())
+    return batch.replace(x=batch.x + sd * drawn.view_as(batch.x).to(batch.x))

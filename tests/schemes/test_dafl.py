@@ -142,6 +142,7 @@ def plan(data: str = "tiny", **stage: Any) -> recipe.Recipe:
                 "generator": {"name": "invent", "width": 6, "codes": 5},
                 "wide": {"name": "invent", "width": 6, "channels": 3, "size": 9},
                 "noise": {"name": f"{__name__}:Noise"},
+                "viewed": {"name": "cnn", "widths": [4, 6], "view": "flip"},
             },
             "stages": [
                 {
@@ -266,6 +267,7 @@ def refusals() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"learner": ["student", "noise"]}, "'noise' is a Noise, which does not say in `codes`"
     yield {"learner": ["student", "wide"]}, r"'wide' makes images of \(3, 9, 9\), .* \(1, 8, 8\)"
     yield {"terms": [{"method": "dkd"}]}, "'dkd' needs labels, and the example has none"
+    yield {"terms": [{**kd, "teacher": "viewed"}]}, "teacher has a view of its own"
     yield {"accumulate": 2}, "'balance' compares the rows of a batch"
     yield {"scheme": {"name": "dafl", "beta": -1.0}}, "beta = -1.0, expected numbers >= 0"
     yield {"scheme": {"name": "dafl", "alpha": float("inf")}}, "alpha = inf"

@@ -160,6 +160,16 @@ def test_a_term_that_only_names_one_peer_is_refused() -> None:
         build.lab(plan("ab", ["a"])).engine(0)
 
 
+@pytest.mark.parametrize(
+    "said", [{"view": "flip"}, {"columns": [1, 0]}, {"normalise": [0.5, 0.5]}, {"precision": "bfloat16"}]
+)
+def test_what_is_said_of_a_peer_as_a_teacher_is_not_passed_over(said: dict[str, Any]) -> None:
+    content = plan("ab").model_dump(mode="json", by_alias=True)
+    content["models"]["b"].update(said)
+    with pytest.raises(Refused, match=rf"'b' teaches while it learns, so its `{next(iter(said))}`"):
+        build.lab(recipe.parse(content)).engine(0)
+
+
 def test_an_ensemble_that_holds_a_learner_is_refused() -> None:
     """It would be asked in eval, in the middle of its own lesson."""
     content = plan("ab").model_dump(mode="json", by_alias=True)
