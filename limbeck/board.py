@@ -21,6 +21,7 @@ from scipy import stats
 from limbeck import answers, build, checkpoint, recipe, registry
 from limbeck.core.refused import Refused
 from limbeck.data.loader import Loader
+from limbeck.engine import Diverged
 from limbeck.run import Moment, Run, Stopped
 
 CONTROL = "control"
@@ -99,6 +100,9 @@ class Board:
     def moments(self) -> Iterator[tuple[Cell, Moment | None]]:
         """Compute what is missing, yielding between batches, and (cell, None) when a cell is finished."""
         for cell in self.cells():
+            if self.diverged(cell) is not None:
+                yield cell, None
+                continue
             began = time.perf_counter(), time.process_time()
             run = self._run = self._cell_run(cell)
             if self._stop:
@@ -107,6 +111,8 @@ class Board:
                 for moment in run.moments():
                     yield cell, moment
                 self._ask_teacher(cell, run)
+            except Diverged as error:
+                self._set_aside(cell, error)
             except Stopped:
                 where = f"in arm '{cell.arm}'" if cell.arm else "before the arms"
                 raise Stopped(
@@ -117,8 +123,21 @@ class Board:
             yield cell, None
 
     def scores(self, cell: Cell) -> dict[str, float]:
-        """The final scores of a finished cell."""
-        return self._finished(self.cell_folder(cell.arm, cell.seed))["scores"]
+        """The final scores of a finished cell; none of one that diverged."""
+        return {} if self.diverged(cell) else self._finished(self.cell_folder(cell.arm, cell.seed))["scores"]
+
+    def diverged(self, cell: Cell) -> str | None:
+        """Why an arm came to no end under this seed, in a sentence; None when it did, or may yet."""
+        path = self.cell_folder(cell.arm, cell.seed) / "diverged.json"
+        return json.loads(path.read_text(encoding="utf-8"))["why"] if path.exists() else None
+
+    def _set_aside(self, cell: Cell, error: Diverged) -> None:
+        """An arm that diverges is a finding, and the others go on. Without a control there is no board."""
+        if cell.arm in (None, CONTROL):
+            who = "The control" if cell.arm else "What comes before the arms"
+            raise Refused(f"{who} diverged under seed {cell.seed}: {error}") from error
+        path = self.cell_folder(cell.arm, cell.seed) / "diverged.json"
+        checkpoint.write_atomic(path, json.dumps({"why": str(error)}).encode())
 
     def _cell_run(self, cell: Cell) -> Run:
         shared = self.cell_folder(None, cell.seed)
@@ -161,13 +180,14 @@ class Board:
             "control": CONTROL,
             "recipe": self.whole.model_dump(mode="json", by_alias=True),
             "arms": [{"name": name, "changes": dict(changes)} for name, changes in self.changes.items()],
+            "diverged": [],
         }
 
     def result(self) -> dict[str, Any]:
         """The finished board as plain data; also written to `board.json`."""
         metric = f"test.{registry.find('task', self.whole.task).headline}"
         rows, control = [], None
-        for name, plan in self.plans.items():
+        for name, plan in self._ended.items():
             folders = [self.cell_folder(name, seed) for seed in self.seeds]
             results = [self._finished(folder) for folder in folders]
             scores = [r["scores"][metric] for r in results]
@@ -198,6 +218,7 @@ class Board:
             "seeds": self.seeds,
             "control": CONTROL,
             "arms": rows,
+            "diverged": self._lost(),
             "teachers": self._teachers(metric),
             "answers": self._answers(metric.replace("test", "valid", 1)),
             "recipe": content,
@@ -206,6 +227,30 @@ class Board:
         }
         checkpoint.write_atomic(self.folder / "board.json", json.dumps(board, indent=1).encode())
         return board
+
+    @property
+    def _ended(self) -> dict[str, recipe.Recipe]:
+        """The arms that came to an end under every seed. The mean of those seeds that survived would flatter
+        the others."""
+        return {name: plan for name, plan in self.plans.items() if not self._whys(name)}
+
+    def _whys(self, arm: str) -> dict[int, str]:
+        whys = {seed: self.diverged(Cell(arm, seed, 0, 0)) for seed in self.seeds}
+        return {seed: why for seed, why in whys.items() if why is not None}
+
+    def _lost(self) -> list[dict[str, Any]]:
+        """The arms that diverged: under which seeds, and how it is said of the first."""
+        lost = {name: self._whys(name) for name in self.plans}
+        return [
+            {
+                "name": name,
+                "changes": dict(self.changes[name]),
+                "seeds": list(whys),
+                "why": next(iter(whys.values())),
+            }
+            for name, whys in lost.items()
+            if whys
+        ]
 
     def _environments(self) -> dict[str, Any]:
         """What the cells were computed with. Where they differ, all there is: a board may have been begun
@@ -250,7 +295,7 @@ class Board:
     def _answers(self, metric: str) -> dict[str, Any] | None:
         """What the arms' answers say beyond their score; None where a cell kept none. `metric` chooses the
         arm whose samples are shown: on the validation split."""
-        learner = {name: plan.stages[-1].learns for name, plan in self.plans.items()}
+        learner = {name: plan.stages[-1].learns for name, plan in self._ended.items()}
 
         def kept(arm: str | None, name: str) -> list[answers.Answers]:
             places = [answers.place(self.cell_folder(arm, seed), name) for seed in self.seeds]
@@ -268,14 +313,14 @@ class Board:
         taught = kept(None, self._teacher) if self._teacher else []
         taught = taught if alike(control, taught) else []
         arms, best = {}, ("", -math.inf, control)
-        for name in self.plans:
+        for name in self._ended:
             mine = kept(name, learner[name])
             if not alike(control, mine):
                 return None
             arms[name] = answers.told(mine, control, taught)
             folders = (self.cell_folder(name, seed) for seed in self.seeds)
             chosen_on = statistics.fmean(self._finished(folder)["scores"][metric] for folder in folders)
-            if name != CONTROL and self.plans[name].stages[-1].terms and chosen_on > best[1]:
+            if name != CONTROL and self._ended[name].stages[-1].terms and chosen_on > best[1]:
                 best = (name, chosen_on, mine)
         data = build.lab(self.whole, self.seeds[0], self.device).splits.test
         rows = {k: int((control[0].y == k).sum()) for k in range(control[0].z.shape[1])}

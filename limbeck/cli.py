@@ -243,7 +243,7 @@ def _watch_board(table: "Board") -> None:
             within = 1.0 if moment is None else moment.done
             bar.update(line, completed=cell.number + within, description=f"{name}, seed {cell.seed}")
             if moment is None:
-                scores = _scores(table.scores(cell))
+                scores = _scores(table.scores(cell)) or f"diverged ({table.diverged(cell)})"
                 done = f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: {scores}"
                 bar.console.print(done, markup=False, highlight=False, soft_wrap=True)
 

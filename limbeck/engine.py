@@ -63,6 +63,10 @@ class Record:
         return asdict(self)
 
 
+class Diverged(Refused):
+    """A loss or a weight is not finite any more."""
+
+
 class Engine:
     """One stage of training. `lessons` yields after every batch; between two yields the state is whole and
     may be saved.
@@ -175,8 +179,8 @@ class Engine:
             if not math.isfinite(norm):
                 raise self._diverged(f"norm of the weights of player '{player}'", norm, self.step - 1)
 
-    def _diverged(self, what: str, value: Tensor, step: int) -> Refused:
-        return Refused(
+    def _diverged(self, what: str, value: Tensor, step: int) -> Diverged:
+        return Diverged(
             f"The {what} became {float(value)} in step {step} of stage {self.stage}; lower the learning rate "
             "or the loss's weight, or clip the gradient."
         )

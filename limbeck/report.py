@@ -35,11 +35,12 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
     """Write a board's page to `folder/report.html`; `result` is what `Board.result()` gives."""
     metric = Metric.of(result)
     rivals = [arm for arm in result["arms"] if arm["name"] != result["control"]]
+    lost = [("diverged", f"{one['name']} {_lost(one, result)}: {one['why']}") for one in result["diverged"]]
     page = _template().render(
         board=result,
         metric=metric,
-        headline=headline(result["arms"], metric),
-        sentences=[(verdict(arm), sentence(arm, metric)) for arm in rivals],
+        headline=headline(result, metric),
+        sentences=[*((verdict(arm), sentence(arm, metric)) for arm in rivals), *lost],
         rivals=rivals,
         rows=_rows(result, metric),
         other=_other(result),
@@ -51,7 +52,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
         trust=_trust(result),
         samples=_samples(result),
         control=_control(result),
-        changes=[(arm["name"], _toml_lines(arm["changes"])) for arm in result["arms"]],
+        changes=[(arm["name"], _toml_lines(arm["changes"])) for arm in _all(result)],
         toml=board_toml(result),
         seconds=_time,
         version=limbeck.__version__,
@@ -85,7 +86,8 @@ def table(result: Mapping[str, Any]) -> Table:
     for row, below in zip(rows, [*rows[1:], None], strict=True):
         grid.add_row(
             Text(row.name), row.score, row.difference, row.p, row.wins,
-            Text(row.verdict, style=COLOURS.get(row.verdict, "")), row.seconds, _short(row.parameters),
+            Text(row.verdict, style=COLOURS.get(row.verdict, "")), row.seconds,
+            NONE if row.parameters is None else _short(row.parameters),
             end_section=below is not None and below.teacher != row.teacher,
         )  # fmt: skip
     return grid
@@ -94,22 +96,33 @@ def table(result: Mapping[str, Any]) -> Table:
 # --- words ---
 
 
-def headline(arms: Sequence[Mapping[str, Any]], metric: "Metric") -> str:
+def headline(result: Mapping[str, Any], metric: "Metric") -> str:
     """What the whole board showed, in one sentence."""
-    rivals = [arm for arm in arms if arm["difference"] is not None]
-    if not rivals:
+    rivals = [arm for arm in result["arms"] if arm["difference"] is not None]
+    lost = result["diverged"]
+    if not rivals and not lost:
         return "Only the control was run, so there is nothing to compare it with."
-    if len(rivals) == 1:
+    if len(rivals) == 1 and not lost:
         return sentence(rivals[0], metric) + "."
     groups: dict[str, list[str]] = {"helped": [], "hurt": [], "no difference shown": []}
     for arm in rivals:
         groups.setdefault(verdict(arm), []).append(arm["name"])
-    parts = []
+    groups["diverged"] = [one["name"] for one in lost]
+    count, parts = len(rivals) + len(lost), []
     for said, names in groups.items():
         if names:
-            who = _and(names) if len(rivals) <= 6 else f"{len(names)} of {len(rivals)} arms"
-            parts.append(f"{who} {said}" if said in COLOURS else f"{said} for {who}")
+            who = _and(names) if count <= 6 else f"{len(names)} of {count} arms"
+            parts.append(f"{who} {said}" if said in (*COLOURS, "diverged") else f"{said} for {who}")
     return f"Against the same network trained without a teacher: {'; '.join(parts)}."
+
+
+def _lost(one: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    return f"diverged in {len(one['seeds'])} of {_seeds(len(result['seeds']))}"
+
+
+def _all(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every arm that was asked for, those that diverged last."""
+    return [*result["arms"], *result["diverged"]]
 
 
 def sentence(arm: Mapping[str, Any], metric: "Metric") -> str:
@@ -206,7 +219,7 @@ class Row:
 
     name: str
     score: str
-    parameters: int
+    parameters: int | None
     other: str = NONE
     epochs: str = ""
     teacher: bool = False
@@ -241,7 +254,7 @@ def _rows(result: Mapping[str, Any], metric: Metric) -> list[Row]:
                 wins=f"{gap['wins']}/{gap['of']}",
             )
         rows.append(row)
-    return rows
+    return rows + [Row(one["name"], NONE, None, verdict=_lost(one, result)) for one in result["diverged"]]
 
 
 def _other(result: Mapping[str, Any]) -> str:
@@ -287,7 +300,7 @@ def _fair(result: Mapping[str, Any]) -> dict[str, Any]:
         taken = {curve[-1]["steps"] for curve in arm["curves"] if curve}
         for count in sorted(taken):
             steps.setdefault(count, []).append(arm["name"])
-    more = [(arm["name"], [key for key in arm["changes"] if key != "terms"]) for arm in result["arms"]]
+    more = [(arm["name"], [key for key in arm["changes"] if key != "terms"]) for arm in _all(result)]
     return {
         "steps": [(f"{count:,}", _and(names)) for count, names in steps.items()],
         "more": [(name, _and(keys)) for name, keys in more if keys],
@@ -516,7 +529,7 @@ def _samples(result: Mapping[str, Any]) -> dict[str, Any] | None:
 def board_toml(result: Mapping[str, Any]) -> str:
     """The board as a file that `limbeck board` reads: recipe, seeds and arms, every default written out."""
     plan = result["recipe"]
-    arms = {arm["name"]: arm["changes"] for arm in result["arms"] if arm["name"] != result["control"]}
+    arms = {arm["name"]: arm["changes"] for arm in _all(result) if arm["name"] != result["control"]}
     parts = [
         _toml_lines({"title": result["title"], "seeds": result["seeds"]}),
         "[recipe]\n" + _toml_lines({k: v for k, v in plan.items() if k not in ("models", "stages")}),

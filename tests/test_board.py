@@ -519,3 +519,36 @@ def test_the_verdict_says_no_more_than_the_test() -> None:
     assert said(paired([80.0, 85.0, 70.0], [79.0, 86.0, 70.5])) == "no difference shown"
     assert said(paired([90.0, 90.0], [80.0, 81.0])) == "too few seeds to say"
     assert "few" not in said(paired([90.0, 80.0, 70.0], [90.0, 80.0, 70.0]))
+
+
+# --- an arm that diverges ---
+
+
+def test_an_arm_that_diverges_is_set_aside_and_the_others_go_on(tmp_path: Path) -> None:
+    wild = {"terms": [{"method": "kd", "weight": 1e30}], "optim": {"student": {"lr": 1e9}}, "epochs": 3}
+    arms = {"wild": wild, "kd": KD}
+    table = Board(whole(), arms, [0, 1], tmp_path / "board")
+    ends = [done for done, moment in compute(table) if moment is None]
+    assert len(ends) == len(table.cells())
+    lost = [done for done in ends if table.diverged(done)]
+    assert [(done.arm, done.seed) for done in lost] == [("wild", 0), ("wild", 1)]
+    assert "became" in str(table.diverged(lost[0])) and table.scores(lost[0]) == {}
+    result = table.result()
+    assert [arm["name"] for arm in result["arms"]] == ["control", "kd"]
+    (wild_row,) = result["diverged"]
+    assert (wild_row["name"], wild_row["seeds"], wild_row["changes"]) == ("wild", [0, 1], wild)
+    assert "became" in wild_row["why"]
+    # Found again, nothing is computed anew.
+    again = Board(whole(), arms, [0, 1], tmp_path / "board")
+    assert all(moment is None for _, moment in compute(again)) and again.result() == {
+        **result,
+        "cost": again.result()["cost"],
+    }
+
+
+def test_a_control_that_diverges_ends_the_board(tmp_path: Path) -> None:
+    plan = whole().model_dump(mode="json", by_alias=True)
+    plan["stages"][-1] |= {"optim": {"student": {"lr": 1e30}}, "epochs": 5}
+    table = Board(recipe.parse(plan), {"kd": KD}, [0], tmp_path / "board")
+    with pytest.raises(Refused, match="The control diverged under seed 0: The .* became"):
+        compute(table)

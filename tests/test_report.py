@@ -89,6 +89,7 @@ def board(gaps: dict[str, tuple[float, ...]], *, seeds: int = 3, teacher: bool =
         "seeds": list(range(seeds)),
         "control": "control",
         "arms": [arm("control", control, None), *arms],
+        "diverged": [],
         "teachers": [taught] if teacher else [],
         "answers": answered(["control", *gaps], seeds, teacher),
         "cost": {"wall": 75.0, "cpu": 71.5},
@@ -752,3 +753,35 @@ def test_the_table_sets_the_teacher_apart_and_marks_the_control() -> None:
     assert "helped" in lines[start + 3] and "hurt" in lines[start + 4]
     assert lines[start + 4].startswith("[red]x[/red]")
     assert any("not corrected" in line for line in lines)
+
+
+# --- arms that diverged ---
+
+
+def with_a_lost_arm(gaps: dict[str, tuple[float, ...]]) -> dict[str, Any]:
+    result = board(gaps)
+    why = "The loss 'fitnet' of player 'student' became nan in step 6 of stage 1"
+    changes = {"terms": [{"method": "fitnet", "weight": 200}]}
+    result["diverged"] = [{"name": "fitnet", "changes": changes, "seeds": [0, 2], "why": why}]
+    return result
+
+
+def test_an_arm_that_diverged_is_said_and_not_scored(tmp_path: Path) -> None:
+    result = with_a_lost_arm({"kd": HELPS})
+    text = report.write(tmp_path, result).read_text(encoding="utf-8")
+    assert "kd helped; fitnet diverged." in text
+    assert "fitnet diverged in 2 of 3 seeds: The loss &#39;fitnet&#39; of player" in text
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.table(result))
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("fitnet")]  # type: ignore[attr-defined]
+    assert "diverged" in line and "%" not in line and not any(c.isdigit() for c in line.split("diverged")[0])
+
+
+def test_a_board_of_nothing_but_lost_arms_says_so(tmp_path: Path) -> None:
+    text = report.write(tmp_path, with_a_lost_arm({})).read_text(encoding="utf-8")
+    assert "Against the same network trained without a teacher: fitnet diverged." in text
+
+
+def test_a_lost_arm_is_in_the_file_that_repeats_the_board() -> None:
+    arms = tomllib.loads(report.board_toml(with_a_lost_arm({"kd": HELPS})))["arms"]
+    assert arms["fitnet"] == {"terms": [{"method": "fitnet", "weight": 200}]} and "kd" in arms
