@@ -550,5 +550,5 @@ def test_a_control_that_diverges_ends_the_board(tmp_path: Path) -> None:
     plan = whole().model_dump(mode="json", by_alias=True)
     plan["stages"][-1] |= {"optim": {"student": {"lr": 1e30}}, "epochs": 5}
     table = Board(recipe.parse(plan), {"kd": KD}, [0], tmp_path / "board")
-    with pytest.raises(Refused, match="The control diverged under seed 0: The .* became"):
+    with pytest.raises(Refused, match=r"The control diverged under seed 0: The .* became"):
         compute(table)
