@@ -1,10 +1,10 @@
 """Keep a finished board: `python benchmarks/keep.py runs/NAME ARENA`.
 
-Writes benchmarks/results/ARENA/NAME.json: every score, seed and setting, the machine and the commit.
+Writes benchmarks/results/ARENA/NAME.json: every score, seed and setting, the machine and the commit (of the cells, under
+`environment`).
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,12 +15,9 @@ def keep(folder: Path, arena: str) -> Path:
         del arm["curves"]
     if board["answers"]:
         board["answers"]["samples"] = None  # pictures
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     kept = Path(__file__).parent / "results" / arena / f"{folder.name}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"commit": commit, **board}, indent=1) + "\n", encoding="utf-8")
+    kept.write_text(json.dumps(board, indent=1) + "\n", encoding="utf-8")
     return kept
 
 
