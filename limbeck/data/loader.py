@@ -59,9 +59,9 @@ class Data:
 
     def to_float(self, x: Tensor) -> Tensor:
         """Rows of `x` as models see them, float32."""
-        x = x.float() * self.scale
+        x = x.to(torch.float32, copy=True).mul_(self.scale)
         mean, std = (torch.as_tensor(v).reshape(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return x.sub_(mean).div_(std)  # in the one copy: room for each step's result costs more than the step
 
     def standardised(self) -> "Data":
         """The same samples, which must be uint8; `mean` and `std` are now those of each of their channels,
@@ -232,7 +232,8 @@ class Loader:
             yield self.rows(index, self.lesson(0, 0))
 
     def rows(self, index: Int[Tensor, " b"], lesson: Lesson, augment: Sequence[View] = ()) -> Batch:
-        batch = Batch(self.data.x[index], self.data.y[index], index, lesson)
+        x = self.data.x.index_select(0, index)  # copies whole samples; `x[index]` would go number by number
+        batch = Batch(x, self.data.y[index], index, lesson)
         for view in augment:
             batch = view(batch)
         return batch.replace(x=self.data.to_float(batch.x))

@@ -5,12 +5,11 @@ The customary augmentation of CIFAR (K. He, X. Zhang, S. Ren, J. Sun; CVPR 2016;
 """
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from limbeck.core.batch import Batch
 from limbeck.core.keyed import keyed
-from limbeck.core.refused import Refused
+from limbeck.pieces import images
 
 PAD = 4
 
@@ -18,14 +17,13 @@ PAD = 4
 def crop(batch: Batch) -> Batch:
     """x (b c h w), of any size and dtype, each image cut from one of 9 x 9 equally likely places; all else
     stays. Raises `Refused` for what is no batch of numbered images."""
-    x, index = batch.x, batch.index
-    if not isinstance(x, Tensor) or x.ndim != 4 or index is None:
-        found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise Refused(
-            f"Crop shifts images by draws of their own, and x has {found} with{'out' * (index is None)} an "
-            "index, expected (rows, channels, height, width) and each row's number; leave this view out."
-        )
+    x, index = images.numbered(batch, "Crop shifts")
     h, w = x.shape[2:]
     top, left = (keyed(batch.lesson, index, "crop", 2) * (2 * PAD + 1)).long().to(x.device).unbind(1)
-    places = F.pad(x, [PAD] * 4).unfold(2, h, 1).unfold(3, w, 1)  # b c 9 9 h w, nothing copied yet
-    return batch.replace(x=places[torch.arange(len(x), device=x.device), :, top, left])
+    padded = F.pad(x, [PAD] * 4)
+    # Numbers lie in one long line, and a cut is made of lines of w: one copy a line, not one a number.
+    b, c, high, wide = padded.shape
+    planes = torch.arange(b * c, device=x.device).view(b, c, 1) * (high * wide)
+    lines = (top[:, None, None] + torch.arange(h, device=x.device)) * wide
+    starts = planes + lines + left[:, None, None]
+    return batch.replace(x=padded.flatten().unfold(0, w, 1).index_select(0, starts.flatten()).view_as(x))

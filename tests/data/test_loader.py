@@ -122,6 +122,13 @@ def noted(seen: list[Batch]) -> View:
     return view
 
 
+def test_samples_kept_as_floats_stay_as_they_are() -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    data = Data(x, torch.tensor([0, 1]), ("a", "b"), scale=2.0, mean=1.0, std=4.0)
+    assert torch.equal(data.to_float(x), torch.tensor([[0.25, 0.75], [1.25, 1.75]]))
+    assert torch.equal(x, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+
 def test_views_come_in_order_while_x_is_as_small_as_it_is_kept() -> None:
     x = torch.full((6, 1, 2, 2), 3, dtype=torch.uint8)
     small, seen, later = Data(x, torch.arange(6) % 3, CLASSES, 0.5, 1.0, 2.0), list[Batch](), list[Batch]()

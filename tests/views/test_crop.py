@@ -34,6 +34,13 @@ def test_it_is_the_slow_way_for_every_size_and_dtype(shape: tuple[int, ...], dty
     assert not torch.equal(shown, x)
 
 
+def test_it_does_not_matter_how_numbers_lie_in_memory() -> None:
+    x = torch.arange(2 * 3 * 8 * 6, dtype=torch.float32).view(2, 3, 8, 6)
+    plain = crop(Batch(x, index=torch.arange(2))).x
+    for lying in (x.to(memory_format=torch.channels_last), x.repeat(1, 1, 1, 2)[..., :6]):
+        assert torch.equal(crop(Batch(lying, index=torch.arange(2))).x, plain)
+
+
 def test_a_sample_is_cut_alike_in_any_batch_and_anew_in_every_epoch_and_seed() -> None:
     x = torch.randint(1, 256, (40, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     index, lesson = torch.arange(40), Lesson(seed=1, epoch=4)
