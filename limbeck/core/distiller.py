@@ -108,6 +108,8 @@ class Distiller(nn.Module):
             looks = self._method(use).looks()
             self._tapped.look(looks)
             self._teachers[use.teacher].look(looks)
+        read = {u.teacher for u in self._uses if u.term.through or self._method(u).card.reads_out}
+        self._asked = [(teacher, place in read) for place, teacher in enumerate(self._teachers)]
         if task is None and not self._uses:
             raise Refused(
                 "There is nothing to learn from: no task loss and no method of weight above 0; give at "
@@ -155,8 +157,9 @@ class Distiller(nn.Module):
         return [(self._tapped(b.x), b) for b in viewed]
 
     def ask(self, batch: Batch, shown: list[tuple[Seen, Batch]]) -> Sight:
-        """What the student has shown beside what the teachers say."""
-        return Sight(shown, [teacher(batch) for teacher in self._teachers])
+        """What the student has shown beside what the teachers say, or show where nobody reads what they
+        say."""
+        return Sight(shown, [t(batch) if read else t.at_taps(batch) for t, read in self._asked])
 
     def look(self, names: Iterable[str]) -> None:
         """Show these taps of the student too: somebody else learns from them."""

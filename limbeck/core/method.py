@@ -25,6 +25,8 @@ class Card:
     per_sample: the loss is a mean of one term a row, so a batch may be cut into micro-batches. order_free:
         the order of rows does not matter. zero_at_match: the loss is 0 when the student shows exactly what
         the teacher shows.
+    reads_out: it reads the teacher's answer; one that reads taps alone says False, and its teacher may stop
+        at the last of them.
     """
 
     paper: str
@@ -36,6 +38,7 @@ class Card:
     per_sample: bool = False
     order_free: bool = True
     zero_at_match: bool = False
+    reads_out: bool = True
 
     def __post_init__(self) -> None:
         assert self.knowledge and set(self.knowledge) <= set(KNOWLEDGE), self.knowledge

@@ -17,7 +17,7 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,7 +93,9 @@ class Tapped:
         self._ear.caught = at
         self._ear.open = True
         try:
-            out = self.model(**x) if isinstance(x, Mapping) else self.model(x)
+            out = self._answer(self.model(**x) if isinstance(x, Mapping) else self.model(x))
+        except _Enough:
+            out = None
         finally:
             self._ear.open = False
             self._ear.caught = {}
@@ -105,7 +107,16 @@ class Tapped:
                 "tapped); tap a module that runs."
             )
         mask = x["attention_mask"].bool() if isinstance(x, Mapping) and "attention_mask" in x else None
-        return Seen(self._answer(out), at, mask, self.model, self.modules)
+        return Seen(out, at, mask, self.model, self.modules)
+
+    def until_seen(self, x: Any) -> Seen:
+        """The taps without the answer: the model is left as soon as all of them are caught. (A compiler drops
+        by itself what nobody reads.)"""
+        self._ear.enough = len(self.names)
+        try:
+            return replace(self(x), out=None)
+        finally:
+            self._ear.enough = None
 
     def check(self, x: Any) -> Seen:
         """One call that also notices what a traced call cannot: a tap changed in place afterwards, or caught
@@ -179,6 +190,8 @@ class _Ear:
         self.caught: dict[str, Tensor] = {}
         self.versions: dict[str, int] | None = None
         self.counts: dict[str, int] | None = None
+        self.enough: int | None = None
+        """How many taps are all that is asked for; None asks for the answer too."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Ear":
         return _Ear()  # a copied model keeps its hooks, but nobody ever opens the copied ear
@@ -207,6 +220,17 @@ class _Hook:
         if self.ear.versions is not None and self.ear.counts is not None:
             self.ear.versions[self.name] = value._version
             self.ear.counts[self.name] = self.ear.counts.get(self.name, 0) + 1
+        if len(self.ear.caught) == self.ear.enough and not torch.compiler.is_compiling():
+            raise _Enough
+
+
+class _Enough(BaseException):
+    """Leaves a model; no `except Exception` of its own may stop that."""
+
+
+def ours(hook: Any) -> bool:
+    """Whether a module's hook is a Tapped's: then it is deaf except during that one's own call."""
+    return isinstance(getattr(hook, "__self__", None), _Hook)
 
 
 def _parse(name: str, tap: str) -> tuple[str, str | None, tuple[str, ...]]:

@@ -5,12 +5,14 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.core.batch import Batch, View
+from limbeck.core.fast import Fast, shortcut, unhooked
 from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen, Tapped, unmoved
@@ -33,6 +35,10 @@ class Teacher(ABC):
     @abstractmethod
     def look(self, names: Iterable[str]) -> None:
         """Show these taps too from now on."""
+
+    def at_taps(self, batch: Batch) -> Seen:
+        """As `teacher(batch)`, for who reads the taps only: `out` may be None where that saves work."""
+        return self(batch)
 
     def check(self, batch: Batch) -> Seen:
         """The eager dry call, which also notices taps changed in place."""
@@ -60,6 +66,10 @@ class Frozen(Teacher):
         device: where it lives; None follows the batch, and answers come back to the batch's device.
         precision: a dtype for autocast (bfloat16, float16); answers come back in float32.
         columns: for each of the student's classes, the teacher's output column that scores it.
+        fold, channels_last: answers without gradient come from convolutions with their BatchNorm folded in,
+            and in the layout that suits them, where that equals the plain answer to rounding (see
+            `limbeck.core.fast`) and the call is not compiled.
+        stop: `at_taps` leaves the model after its last tap.
     """
 
     def __init__(
@@ -73,6 +83,9 @@ class Frozen(Teacher):
         precision: torch.dtype | None = None,
         columns: Sequence[int] | None = None,
         called: str = "teacher",
+        fold: bool = True,
+        channels_last: bool = True,
+        stop: bool = True,
     ) -> None:
         self.model = model
         self.tapped = Tapped(model, taps, called)
@@ -80,12 +93,17 @@ class Frozen(Teacher):
         self.device = None if device is None else torch.device(device)
         self.columns = None if columns is None else torch.as_tensor(columns, dtype=torch.long)
         self._columns = 0 if columns is None else max(columns) + 1
+        self.fold, self.channels_last, self.stop = fold, channels_last, stop
+        self.fast: Fast | None = None
+        """The shorter way that answers take, once it was looked for and found."""
+        self._sought = False
         self._modules = list(model.modules())
 
     def __call__(self, batch: Batch) -> Seen:
-        shown = batch if self.view is None else self.view(batch)
-        with torch.no_grad():  # not inference_mode: a loss may have to save the answers for its backward
-            return self._answer(shown.x, self.tapped)
+        return self._ask(batch, until_seen=False)
+
+    def at_taps(self, batch: Batch) -> Seen:
+        return self._ask(batch, until_seen=self.stop and bool(self.tapped.names))
 
     def through(self, x: Any) -> Seen:
         learning = [p for p in self.model.parameters() if p.requires_grad]
@@ -100,10 +118,34 @@ class Frozen(Teacher):
     def check(self, batch: Batch) -> Seen:
         shown = batch if self.view is None else self.view(batch)
         with torch.no_grad():
-            return self._answer(shown.x, self.tapped.check)
+            return self._answer(shown.x, self._checked)
 
     def look(self, names: Iterable[str]) -> None:
+        self.fast, self._sought = None, False
         self.tapped.look(names)
+
+    def _ask(self, batch: Batch, until_seen: bool) -> Seen:
+        shown = batch if self.view is None else self.view(batch)
+        with torch.no_grad():  # not inference_mode: a loss may have to save the answers for its backward
+            return self._answer(shown.x, partial(self._run, until_seen=until_seen))
+
+    def _run(self, x: Any, until_seen: bool) -> Seen:
+        if torch.compiler.is_compiling():  # it cannot see whether the weights have changed
+            return self.tapped.until_seen(x) if until_seen else self.tapped(x)
+        if not self._sought:
+            self._seek(x)
+        if self.fast is not None:
+            return self.fast(x, until_seen)
+        return self.tapped.until_seen(x) if until_seen and unhooked(self._modules) else self.tapped(x)
+
+    def _checked(self, x: Any) -> Seen:
+        seen = self.tapped.check(x)
+        self._seek(x)  # on the example, so that a resumed run goes the same way
+        return seen
+
+    def _seek(self, x: Any) -> None:
+        self._sought = True
+        self.fast = shortcut(self.tapped, x, fold=self.fold, channels_last=self.channels_last)
 
     def _answer(self, x: Any, ask: Any) -> Seen:
         if any(m.training for m in self._modules):  # someone called train() on a parent: undo it
@@ -136,7 +178,7 @@ class Frozen(Teacher):
             )
 
         out = back(seen.out)
-        if self.columns is not None:
+        if self.columns is not None and out is not None:
             if self._columns > out.shape[1]:
                 raise Refused(
                     f"`columns` asks the {self.tapped.called} for output {self._columns - 1}, and it has "
@@ -168,7 +210,15 @@ class MeanOf(Teacher):
         if not 0 <= decay < 1:
             raise Refused(f"The decay of a mean teacher is {decay}, expected a number in [0, 1); try 0.999.")
         self.learner, self.decay, self.steps = learner, decay, 0
-        self.mean = Frozen(copy.deepcopy(learner), taps=taps, view=view, called="mean teacher")
+        # Its weights move at every step, so what is folded would have to be folded anew each time.
+        self.mean = Frozen(
+            copy.deepcopy(learner),
+            taps=taps,
+            view=view,
+            called="mean teacher",
+            fold=False,
+            channels_last=False,
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -176,6 +226,9 @@ class MeanOf(Teacher):
 
     def __call__(self, batch: Batch) -> Seen:
         return self.mean(batch)
+
+    def at_taps(self, batch: Batch) -> Seen:
+        return self.mean.at_taps(batch)
 
     def through(self, x: Any) -> Seen:
         return self.mean.through(x)

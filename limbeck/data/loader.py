@@ -58,8 +58,8 @@ class Data:
         return self.to_float(self.x[index]), self.y[index]
 
     def to_float(self, x: Tensor) -> Tensor:
-        """Rows of `x` as models see them, float32."""
-        x = x.to(torch.float32, copy=True).mul_(self.scale)
+        """Rows of `x` as models see them, in torch's default dtype."""
+        x = x.to(torch.get_default_dtype(), copy=True).mul_(self.scale)
         mean, std = (torch.as_tensor(v).reshape(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)  # in the one copy: room for each step's result costs more than the step
 

@@ -211,11 +211,13 @@ def sight(c: Case) -> Sight:
 
 def _double(seen: Seen) -> Seen:
     seen = seen.detach()
-    return replace(seen, out=seen.out.double(), at={name: v.double() for name, v in seen.at.items()})
+    out = None if seen.out is None else seen.out.double()
+    return replace(seen, out=out, at={name: v.double() for name, v in seen.at.items()})
 
 
 def _rows(seen: Seen, rows: slice | Tensor) -> Seen:
-    return replace(seen, out=seen.out[rows], at={name: v[rows] for name, v in seen.at.items()})
+    out = None if seen.out is None else seen.out[rows]
+    return replace(seen, out=out, at={name: v[rows] for name, v in seen.at.items()})
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -473,6 +475,21 @@ def check_what_a_stored_teacher_lacks(make: Make) -> None:
         assert torch.isfinite(total(distiller, data().at(1)))
 
 
+def check_whether_it_reads_the_answer(make: Make) -> None:
+    """Who says that it reads taps alone gets by without the teacher's answer, which may then not exist."""
+    c = case(make)
+    if c.method.card.reads_out:
+        return
+    look = sight(c)
+    told = replace(look, t=_double(c.distiller.teachers()[0](c.batch)))
+    assert isinstance(told.t.out, Tensor)
+    try:
+        blind = replace(look, t=replace(told.t, out=None)).loss(slice(None))
+    except (AttributeError, TypeError) as error:
+        raise AssertionError(f"it reads the teacher's answer: {error}") from error
+    assert _same(blind, told.loss(slice(None)))
+
+
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
 
 
@@ -707,6 +724,12 @@ class Peeking(Right):
         self.register_buffer("bias", t.model.head.bias.detach().clone())
 
 
+class Absent(Right):
+    """Reads the teacher's answer, and says that it does not."""
+
+    card = replace(Right.card, reads_out=False)
+
+
 WRONG: list[tuple[Make, Callable[[Make], None]]] = [
     (Fickle, check_loss_is_one_finite_number),
     (Drifting, check_assembly_leaves_no_trace),
@@ -729,6 +752,7 @@ WRONG: list[tuple[Make, Callable[[Make], None]]] = [
     (Forgetful, check_resumes),
     (Curt, check_any_pair_works_or_is_refused),
     (Peeking, check_what_a_stored_teacher_lacks),
+    (Absent, check_whether_it_reads_the_answer),
 ]
 
 

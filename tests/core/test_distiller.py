@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -470,3 +471,30 @@ def test_a_copy_of_a_distiller_has_taps_that_hear() -> None:
     mine, theirs = distiller(*PAIR), twin(*PAIR)
     assert torch.equal(theirs["logits"], twin.student(BATCH.x))
     assert not torch.equal(mine["feature"], theirs["feature"])
+
+
+class Hint(Feature):
+    """Reads taps alone, and says so."""
+
+    card = replace(Feature.card, reads_out=False)
+
+
+def test_a_teacher_stops_where_nobody_reads_its_answer() -> None:
+    def answer(*terms: Method | Term) -> Tensor | None:
+        distiller = Distiller(student(), teacher(), terms, example=PAIR)
+        return distiller.see(BATCH).teachers[0].out
+
+    assert answer(Hint()) is None
+    assert answer(Feature()) is not None
+    assert answer(Hint(), Response()) is not None
+    assert answer(Term(Hint(), through=[lambda s, t: (s, t, 1.0)])) is not None
+
+
+def test_stopping_teaches_the_same() -> None:
+    losses = []
+    for stop in (True, False):
+        distiller = Distiller(student(), Frozen(teacher(), stop=stop), Hint(), example=PAIR)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            losses.append(distiller(BATCH)["loss"])
+    assert torch.equal(*losses)

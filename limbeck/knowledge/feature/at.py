@@ -64,6 +64,7 @@ class AT(Method):
         fidelity="code",  # the square, and the mean
         per_sample=True,
         zero_at_match=True,
+        reads_out=False,
     )
 
     def __init__(self, power: float = 2.0, taps: Sequence[str] = ("stage1", "stage2", "stage3")) -> None:

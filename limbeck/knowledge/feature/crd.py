@@ -79,6 +79,7 @@ class CRD(Method):
         needs=frozenset({"index"}),
         per_sample=False,  # micro-batches would contrast with what the ones before them left in the banks
         order_free=True,
+        reads_out=False,
     )
 
     bank_s: Tensor

@@ -44,7 +44,7 @@ def hint(s: Float[Tensor, "b c h w"], t: Float[Tensor, "b c h w"]) -> Float[Tens
 class FitNet(Method):
     """One hint layer, matched through a 1x1 projector that is dropped after training."""
 
-    card = Card("arXiv:1412.6550", 2015, ("feature",), taps=("stage2",), per_sample=True)
+    card = Card("arXiv:1412.6550", 2015, ("feature",), taps=("stage2",), per_sample=True, reads_out=False)
 
     def __init__(self, tap: str = "stage2") -> None:
         super().__init__()

@@ -70,7 +70,15 @@ def kernel(u: Float[Tensor, "b i n"], v: Float[Tensor, "b j n"]) -> Float[Tensor
 class NST(Method):
     """What the channels of the last map like; nothing learns but the student."""
 
-    card = Card("arXiv:1707.01219", 2017, ("feature",), taps=("stage3",), per_sample=True, zero_at_match=True)
+    card = Card(
+        "arXiv:1707.01219",
+        2017,
+        ("feature",),
+        taps=("stage3",),
+        per_sample=True,
+        zero_at_match=True,
+        reads_out=False,
+    )
 
     def __init__(self, taps: Sequence[str] = ("stage3",)) -> None:
         super().__init__()

@@ -106,6 +106,7 @@ class OFD(Method):
         fidelity="code",
         needs=frozenset({"teacher_model"}),
         per_sample=True,
+        reads_out=False,
     )
 
     def __init__(

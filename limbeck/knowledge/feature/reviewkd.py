@@ -103,6 +103,7 @@ class ReviewKD(Method):
         taps=("stage1", "stage2", "stage3", "pooled"),
         fidelity="code",
         per_sample=True,
+        reads_out=False,
     )
 
     def __init__(

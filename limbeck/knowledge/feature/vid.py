@@ -86,6 +86,7 @@ class VID(Method):
         taps=("stage1", "stage2", "stage3"),
         fidelity="code",  # the mean network and the averages; the Gaussian is the paper's
         per_sample=True,
+        reads_out=False,
     )
 
     def __init__(self, variance: float = 5.0, taps: Sequence[str] = ("stage1", "stage2", "stage3")) -> None:

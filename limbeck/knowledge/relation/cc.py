@@ -68,6 +68,7 @@ class CC(Method):
         per_sample=False,
         order_free=True,
         zero_at_match=True,
+        reads_out=False,
     )
 
     def __init__(self, gamma: float = 0.4, order: int = 2, tap: str = "pooled") -> None:

@@ -66,6 +66,7 @@ class DarkRank(Method):
         per_sample=False,
         order_free=True,
         zero_at_match=False,
+        reads_out=False,
     )
 
     def __init__(self, alpha: float = 3.0, beta: float = 3.0, nearest: int = 4, tap: str = "pooled") -> None:

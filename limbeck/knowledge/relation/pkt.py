@@ -62,6 +62,7 @@ class PKT(Method):
         per_sample=False,
         order_free=True,
         zero_at_match=True,
+        reads_out=False,
     )
 
     def __init__(self, tap: str = "pooled") -> None:

@@ -116,6 +116,7 @@ class RKD(Method):
         per_sample=False,
         order_free=True,
         zero_at_match=True,
+        reads_out=False,
     )
 
     def __init__(

@@ -52,6 +52,7 @@ class SP(Method):
         per_sample=False,
         order_free=True,
         zero_at_match=True,
+        reads_out=False,
     )
 
     def __init__(self, taps: Sequence[str] = ("stage3",)) -> None:
