@@ -1,7 +1,6 @@
 """Keep a finished board: `python benchmarks/keep.py runs/NAME ARENA`.
 
-Writes benchmarks/results/ARENA/NAME.json: every score, seed and setting, the machine and the commit (of the cells, under
-`environment`).
+Writes benchmarks/results/ARENA/NAME.json: every score, seed and setting, the machine, the cells' commit.
 """
 
 import json

@@ -19,6 +19,7 @@ from pydantic import Field
 from scipy import stats
 
 from limbeck import answers, build, checkpoint, recipe, registry
+from limbeck import run as runs
 from limbeck.core.refused import Refused
 from limbeck.data.loader import Loader
 from limbeck.engine import Diverged
@@ -48,7 +49,8 @@ class Cell:
 
 
 class Board:
-    """Raises `Refused` at construction when any arm does not fit; nothing is written then."""
+    """Raises `Refused` at construction when any arm does not fit, or the folder holds something else; nothing
+    is written then."""
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class Board:
                 f"An arm is called '{CONTROL}', which is the recipe without a teacher and always there; "
                 "call it something else."
             )
+        if "" in arms:
+            raise Refused("An arm is called '', and its cells need a folder; give it a name.")
         self.changes = {CONTROL: _alone(whole.stages[-1]), **arms}
         self.plans = {name: _arm(whole, name, changes) for name, changes in self.changes.items()}
         if len(set(seeds)) < len(seeds):
@@ -77,6 +81,7 @@ class Board:
                 "or run the recipe alone: limbeck run."
             )
         self.whole = whole
+        self._refuse_others()
         self._stop = False
         self._run: Run | None = None
         for name, plan in self.plans.items():
@@ -84,6 +89,13 @@ class Board:
                 build.rehearse(plan, seeds[0], device)
             except Refused as error:
                 raise Refused(f"Arm '{name}': {error}") from error.__cause__
+
+    def _refuse_others(self) -> None:
+        """A cell of another recipe, or of weights that have changed, is not to be found after hours."""
+        if (self.folder / "run.json").exists():
+            raise Refused(f"{self.folder} holds a run, and a board has a folder of its own; choose another.")
+        for cell in self.cells():
+            runs.begun(self.cell_folder(cell.arm, cell.seed), self._plan(cell), cell.seed)
 
     def stop(self) -> None:
         """Ask for a stop at the next batch; `Stopped` is raised and the board can be started again."""
@@ -115,9 +127,7 @@ class Board:
                 self._set_aside(cell, error)
             except Stopped:
                 where = f"in arm '{cell.arm}'" if cell.arm else "before the arms"
-                raise Stopped(
-                    f"Stopped {where}, seed {cell.seed}; the same `limbeck board` goes on."
-                ) from None
+                raise Stopped(f"Stopped {where}, seed {cell.seed}; the same command goes on.") from None
             finally:
                 self._add_cost(time.perf_counter() - began[0], time.process_time() - began[1])
             yield cell, None
@@ -128,8 +138,8 @@ class Board:
 
     def diverged(self, cell: Cell) -> str | None:
         """Why an arm came to no end under this seed, in a sentence; None when it did, or may yet."""
-        path = self.cell_folder(cell.arm, cell.seed) / "diverged.json"
-        return json.loads(path.read_text(encoding="utf-8"))["why"] if path.exists() else None
+        said = runs.read(self.cell_folder(cell.arm, cell.seed) / "diverged.json", "why")
+        return None if said is None else said["why"]
 
     def _set_aside(self, cell: Cell, error: Diverged) -> None:
         """An arm that diverges is a finding, and the others go on. Without a control there is no board."""
@@ -140,18 +150,19 @@ class Board:
         checkpoint.write_atomic(path, json.dumps({"why": str(error)}).encode())
 
     def _cell_run(self, cell: Cell) -> Run:
-        shared = self.cell_folder(None, cell.seed)
-        if cell.arm is None:
-            first = self.whole.model_copy(update={"stages": self.whole.stages[:-1]})
-            return Run(first, shared, seed=cell.seed, device=self.device)
-        after = shared if len(self.whole.stages) > 1 else None
+        builds = cell.arm is not None and len(self.whole.stages) > 1
         return Run(
-            self.plans[cell.arm],
+            self._plan(cell),
             self.cell_folder(cell.arm, cell.seed),
             seed=cell.seed,
             device=self.device,
-            after=after,
+            after=self.cell_folder(None, cell.seed) if builds else None,
         )
+
+    def _plan(self, cell: Cell) -> recipe.Recipe:
+        if cell.arm is None:
+            return self.whole.model_copy(update={"stages": self.whole.stages[:-1]})
+        return self.plans[cell.arm]
 
     def cell_folder(self, arm: str | None, seed: int) -> Path:
         """Where a cell's run lies."""
@@ -160,7 +171,10 @@ class Board:
         return self.folder / "cells" / quote(arm, safe=" ") / str(seed)
 
     def _finished(self, folder: Path) -> dict[str, Any]:
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = runs.result(folder)
+        if result is None:
+            raise Refused(f"{folder} holds no finished run; compute the board first.")
+        return result
 
     def _add_cost(self, wall: float, cpu: float) -> None:
         """Seconds of all sittings so far; a finished board that is only looked at again adds next to none."""
@@ -169,8 +183,11 @@ class Board:
         checkpoint.write_atomic(self.folder / "cost.json", json.dumps(total).encode())
 
     def _cost(self) -> dict[str, float] | None:
-        path = self.folder / "cost.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """None where it was not kept or is damaged: that is no reason to lose the board."""
+        try:
+            return runs.read(self.folder / "cost.json", "wall", "cpu")
+        except Refused:
+            return None
 
     def said(self) -> dict[str, Any]:
         """What the board compares, as plain data, before anything is computed."""
@@ -206,7 +223,10 @@ class Board:
                     "best": _at("best", results, metric),
                     "seconds": statistics.fmean(r["seconds"] for r in results),
                     "parameters": results[0]["parameters"],
-                    "curves": [_curve(folder, len(plan.stages) - 1) for folder in folders],
+                    "curves": [
+                        _curve(folder, len(plan.stages) - 1, result)
+                        for folder, result in zip(folders, results, strict=True)
+                    ],
                 }
             )
         content = self.whole.model_dump(mode="json", by_alias=True)
@@ -256,7 +276,7 @@ class Board:
         """What the cells were computed with. Where they differ, all there is: a board may have been begun
         elsewhere, or before an update."""
         folders = [self.cell_folder(name, seed) for seed in self.seeds for name in self.plans]
-        each = [json.loads((folder / "run.json").read_text())["environment"] for folder in folders]
+        each = [(runs.read(folder / "run.json", "environment") or {})["environment"] for folder in folders]
         found = {key: [one.get(key) for one in each] for key in each[0]}
         return {
             key: values[0] if len(set(values)) == 1 else ", ".join(dict.fromkeys(map(str, values)))
@@ -268,13 +288,14 @@ class Board:
     @property
     def _teacher(self) -> str | None:
         """The one that everybody's answers are compared with: the first that teaches an arm and stays as it
-        is. Running means and peers move while they teach."""
+        is. Running means and peers move while they teach, and a store knows what it was asked."""
         for plan in self.plans.values():
             stage = plan.stages[-1]
             for name in (name for use in stage.terms for name in use.teachers):
                 inside = {name, *plan.within(name)}
-                means = {other for other in inside if isinstance(plan.models.get(other), recipe.Mean)}
-                if not means and not inside & set(stage.learners):
+                kinds = [plan.models.get(one) for one in inside]
+                moves = any(isinstance(kind, recipe.Mean | recipe.Kept) for kind in kinds)
+                if not moves and not inside & set(stage.learners):
                     return name
         return None
 
@@ -352,7 +373,7 @@ def read(
     path: Path, changes: tuple[str, ...] = (), methods: tuple[str, ...] = (), seeds: int | None = None
 ) -> tuple[recipe.Recipe, dict[str, dict[str, Any]], list[int], str]:
     """A board from a board file, or from a recipe and the names of methods to put in place of its last
-    stage's."""
+    stage's: with their default weight and knobs, unless the board has an arm of that name."""
     content = recipe.read_toml(path)
     if "arms" in content:
         arms: Arms = recipe.checked(Arms, content, str(path))
@@ -444,6 +465,8 @@ def _alone(stage: recipe.Stage) -> dict[str, Any]:
         changes["learner"] = stage.learns
     if stage.ships is not None:
         changes["ships"] = None
+    if stage.task_weight != 1:
+        changes["task_weight"] = 1.0  # how the task is weighed against the terms says nothing without them
     if stage.optim.keys() - {"student"}:
         own = stage.optim.get("student")
         changes["optim"] = {} if own is None else {"student": own.model_dump()}
@@ -453,9 +476,23 @@ def _alone(stage: recipe.Stage) -> dict[str, Any]:
 def _arm(whole: recipe.Recipe, name: str, changes: Mapping[str, Any]) -> recipe.Recipe:
     content = whole.model_dump(mode="json", by_alias=True)
     content["stages"][-1] = {**content["stages"][-1], **changes}
-    return recipe.parse(content, f"arm '{name}'")
+    arm = recipe.parse(content, f"arm '{name}'")
+    mine, theirs = arm.stages[-1].learns, whole.stages[-1].learns
+    if mine != theirs:
+        raise Refused(
+            f"In arm '{name}': '{mine}' learns first and ships, and in the control '{theirs}' does, so their "
+            f"difference would be that of two networks; begin `learner` with '{theirs}', or write another "
+            "board."
+        )
+    return arm
 
 
-def _curve(folder: Path, stage: int) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["stage"] == stage]
+def _curve(folder: Path, stage: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    noted = runs.records(folder, stage)
+    epochs = result["last"]["epoch"] + 1
+    if len(noted) != epochs:
+        raise Refused(
+            f"{folder / 'metrics.jsonl'} tells of {len(noted)} epochs, expected the {epochs} of the run; "
+            "restore it from a copy, or remove its folder to start again."
+        )
+    return noted

@@ -6,8 +6,8 @@ device → optimisers.
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,15 +23,17 @@ from limbeck.core.distiller import ClassesDiffer
 from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Lens, Ramp, Scheme, Term
+from limbeck.core.taps import Tapped
 from limbeck.core.task import Task
 from limbeck.core.teachers import Ensemble, Frozen, MeanOf, Peer, Teacher
 from limbeck.data.loader import Data, Loader, Splits
 from limbeck.data.outside import as_splits
 from limbeck.data.published import shelves
+from limbeck.data.stored import Stored
 from limbeck.data.unseen import keep_unseen
 from limbeck.engine import Engine, Pace
 from limbeck.models.choose import choose
-from limbeck.recipe import Made, Mean, Named, Net, Optim, Recipe, Source, Stage, Use
+from limbeck.recipe import Kept, Made, Mean, Named, Net, Optim, Recipe, Source, Stage, Use
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,23 @@ class Lab:
         learners = self.learners(stage)
         loader = self.loader(stage)
         looks = {name: spec.taps for name, spec in self.recipe.models.items() if isinstance(spec, Net)}
-        example, view = loader.at(0).to(self.device), _view(stage.view)
-        shown = example if view is None else view(example)
-        peers = {name: Peer(net, shown, taps=looks.get(name), called=name) for name, net in learners.items()}
+        example, view = self._example(loader, stage), _view(stage.view)
+        shown = dict.fromkeys(learners, _shown(stage.view, example))
+        peers = {who: Peer(net, shown[who], taps=looks.get(who), called=who) for who, net in learners.items()}
         self._refuse_dressed({name for use in stage.terms for name in use.teachers} & peers.keys())
         asked: dict[str, Teacher] = dict(peers)
-        for name in [name for use in stage.terms for name in use.teachers]:
-            asked.setdefault(name, self.teacher(name))
+        for use in stage.terms:
+            _shown(use.view, example)
+            for name in use.teachers:
+                asked.setdefault(name, self.teacher(name))
+        for name in [who for who in asked if who not in learners]:
+            for one in (name, *self.recipe.within(name)):
+                spec = self.recipe.models.get(one)
+                if isinstance(spec, Net | Mean):
+                    shown[one] = _shown(spec.view, example)
+        for teacher in asked.values():
+            if isinstance(teacher, Stored) and teacher.exact:
+                teacher.store.check(loader)
         cast = Cast(
             learners,
             example,
@@ -84,7 +96,12 @@ class Lab:
             peers,
             self.seed,
         )
-        scheme: Scheme = registry.find("scheme", stage.scheme.name).staged(cast, **stage.scheme.knobs)
+        try:
+            with _theirs(f"The scheme '{stage.scheme.name}'", "be set up"):
+                scheme: Scheme = registry.find("scheme", stage.scheme.name).staged(cast, **stage.scheme.knobs)
+        except Refused:
+            self._refuse_other_images(shown)
+            raise
         if stage.ships is not None:
             mean = asked.get(stage.ships) or self.teacher(stage.ships)
             assert isinstance(mean, MeanOf)  # the recipe was checked
@@ -109,6 +126,41 @@ class Lab:
             device=self.device,
             stage=number,
         )
+
+    def _example(self, loader: Loader, stage: Stage) -> Batch:
+        """The first batch, once it is known that every batch can be used."""
+        if stage.accumulate > loader.batch:
+            raise Refused(
+                f"A batch of {loader.batch} rows cannot be cut into {stage.accumulate} micro-batches; set "
+                f"`accumulate` to {loader.batch} or less, or a larger `batch`."
+            )
+        data, rows = loader.data, loader.batch
+        _shown(stage.augment, Batch(data.x[:rows], data.y[:rows], torch.arange(rows), loader.lesson(0, 0)))
+        example, classes = loader.at(0), len(data.classes)
+        if example.y is not None and int(example.y.max()) >= classes:
+            raise Refused(
+                f"`augment` makes label {int(example.y.max())} of {classes} classes; a view that makes new "
+                "labels is for a `view` of the stage or of a term."
+            )
+        return example.to(self.device)
+
+    def _refuse_other_images(self, shown: Mapping[str, Batch]) -> None:
+        """Why a stage cannot be assembled, where a recipe makes a network for other images than it is
+        shown."""
+        for name, batch in shown.items():
+            spec = self.recipe.models.get(name)
+            if not isinstance(spec, Net) or not isinstance(batch.x, torch.Tensor) or batch.x.ndim != 4:
+                continue
+            if "classes" not in registry.knobs(registry.find("model", spec.name)):
+                continue  # a generator makes images
+            for knob, axis in (("channels", 1), ("size", -1)):
+                found = batch.x.shape[axis]
+                if spec.knobs.get(knob, found) != found:
+                    raise Refused(
+                        f"Model '{name}' ({spec.name}) is made for images of {knob} = {spec.knobs[knob]}, "
+                        f"and those it is shown have {knob} = {found}; leave `{knob}` out, or let a `view` "
+                        "show it others."
+                    )
 
     def _refuse_dressed(self, names: set[str]) -> None:
         """A learner that teaches answers as it learns: what is said of it as a teacher is not passed over."""
@@ -146,14 +198,22 @@ class Lab:
             origin = copy.deepcopy(self.model(made.origin))
             with forked(self.seed, "made", made.name):
                 change = registry.find("model", made.change) if made.change != "copy" else None
-                self.models[made.name] = (origin if change is None else change(origin)).to(self.device)
+                if change is not None:
+                    with _theirs(f"The change '{made.change}'", f"make '{made.name}' of '{made.origin}'"):
+                        origin = change(origin)
+                if not isinstance(origin, nn.Module):
+                    raise Refused(
+                        f"The change '{made.change}' gives a {type(origin).__name__}, expected an nn.Module; "
+                        "let it return the model."
+                    )
+            self.models[made.name] = origin.to(self.device)
         return {name: self.model(name) for name in stage.learners}
 
     def model(self, name: str) -> nn.Module:
         if name not in self.models:
             raise Refused(
-                f"'{name}' is a teacher made of other models (a mean or an ensemble); a learner must be a "
-                "network."
+                f"'{name}' is a teacher without a network of its own (a mean, an ensemble or a store), and a "
+                "learner must be a network."
             )
         return self.models[name]
 
@@ -161,6 +221,8 @@ class Lab:
         spec = self.recipe.models.get(name)
         if isinstance(spec, Mean):
             return MeanOf(self.model(spec.mean_of), decay=spec.decay, view=_view(spec.view))
+        if isinstance(spec, Kept):
+            return Stored(file(spec.stored), epochs=spec.epochs, called=name)
         if spec is not None and not isinstance(spec, Net):
             return Ensemble([self.teacher(other) for other in spec.ensemble], spec.weights)
         if spec is None:  # made by an earlier stage
@@ -185,7 +247,20 @@ def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
         for name, spec in recipe.models.items()
         if isinstance(spec, Net)
     }
-    return Lab(recipe, seed, splits, registry.find("task", recipe.task)(), models, torch.device(device))
+    with _theirs(f"The task '{recipe.task}'", "be set up"):
+        task = registry.find("task", recipe.task)()
+    return Lab(recipe, seed, splits, task, models, torch.device(device))
+
+
+@contextmanager
+def _theirs(who: str, what: str) -> Iterator[None]:
+    """Code that may be a user's own: what fails inside is said in a sentence."""
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{who} cannot {what}: {registry.in_a_line(error)}.") from error
 
 
 def _splits(data: Source) -> Splits:
@@ -201,7 +276,8 @@ def _ours(source: str) -> Splits:
 def _load(data: Source) -> Splits:
     load, knobs = registry.find("data", data.name), data.knobs
     own = data.valid is not None and "valid" in registry.knobs(load)
-    splits = as_splits(load(**knobs, **({"valid": data.valid} if own else {})))
+    with _theirs(f"The data '{data.name}'", "be loaded"):
+        splits = as_splits(load(**knobs, **({"valid": data.valid} if own else {})))
     if data.valid is not None and not own:
         splits = splits.with_validation(data.valid, data.name)
     return splits if data.seen is None else keep_unseen(splits, data.seen)
@@ -219,27 +295,38 @@ def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:
     factory = registry.find("model", spec.name)
     given = {"classes": len(data.classes), "channels": data.x.shape[1], "size": data.x.shape[-1]}
     wanted = {k: v for k, v in given.items() if k in registry.knobs(factory)}
-    with forked(seed, "model", name):
-        try:
+    how = f"be made with {spec.knobs}" if spec.knobs else "be made"
+    try:
+        with forked(seed, "model", name), _theirs(f"Model '{name}' ({spec.name})", how):
             model = factory(**{**wanted, **spec.knobs})
-        except Refused:
-            raise
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise Refused(
-                f"Model '{name}' ({spec.name}) cannot be made with {spec.knobs}: {error}."
-            ) from error
+    except Refused as error:
+        said = str(error)
+        raise Refused(said if f"'{name}'" in said else f"Model '{name}': {said}") from error.__cause__
     if not isinstance(model, nn.Module):
-        raise Refused(f"Model '{name}' ({spec.name}) is a {type(model).__name__}, expected an nn.Module.")
+        found = type(model).__name__
+        raise Refused(f"Model '{name}' ({spec.name}) is of type {found}, expected an nn.Module.")
+    _refuse_statistics(name, spec, data)
+    Tapped(model, spec.taps, f"model '{name}'").look(spec.taps.keys() - {"out"})
     if spec.weights is not None:
-        _fit(model, checkpoint.load_weights(_file(spec.weights)), f"model '{name}'", spec.weights)
+        _fit(model, checkpoint.load_weights(file(spec.weights)), f"model '{name}'", spec.weights)
     if not spec.taps and not hasattr(model, "TAPS"):
-        batch, view = Loader(data, 2, seed=seed).at(0), _view(spec.view)
+        batch = Loader(data, 2, seed=seed).at(0)
         with suppress(Refused):  # what cannot be shown a row has no stages to look at
-            model.TAPS = choose(model, (batch if view is None else view(batch)).x)  # type: ignore[assignment]
+            model.TAPS = choose(model, _shown(spec.view, batch).x)  # type: ignore[assignment]
     return model
 
 
-def _file(path: str) -> Path:
+def _refuse_statistics(name: str, spec: Net, data: Data) -> None:
+    channels = data.x.shape[1]
+    for figure in spec.normalise or ():
+        if isinstance(figure, list) and len(figure) not in (1, channels) and not spec.view:
+            raise Refused(
+                f"`normalise` of model '{name}' has {len(figure)} figures {figure}, and the data has "
+                f"{channels} channel{'s' if channels > 1 else ''}; give one number, or one for each channel."
+            )
+
+
+def file(path: str) -> Path:
     """A file where it is said to be, or on a shelf of data sets, where what came with them lies."""
     places = [Path(path), *(shelf / path for shelf in shelves())]
     return next((place for place in places if place.exists()), places[0])
@@ -265,8 +352,10 @@ def _fit(model: nn.Module, weights: dict[str, torch.Tensor], called: str, source
 
 
 def _term(use: Use, teachers: tuple[Teacher, ...]) -> Term:
+    with _theirs(f"Method '{use.method}'", f"be made with {use.knobs}" if use.knobs else "be made"):
+        method = registry.find("method", use.method)(**use.knobs)
     return Term(
-        registry.find("method", use.method)(**use.knobs),
+        method,
         teachers,
         weight=use.weight,
         ramp=None if use.ramp is None else Ramp(**use.ramp.model_dump()),
@@ -279,7 +368,22 @@ def _term(use: Use, teachers: tuple[Teacher, ...]) -> Term:
 def _lens(name: str) -> Lens:
     """A lens is a function; one that learns is a class of modules."""
     found = registry.find("lens", name)
-    return found() if isinstance(found, type) else found
+    with _theirs(f"The lens '{name}'", "be made"):
+        return found() if isinstance(found, type) else found
+
+
+def _shown(chosen: list[Named], batch: Batch) -> Batch:
+    """What views show of a batch, each tried by its name."""
+    for view in chosen:
+        with _theirs(f"The view '{view.name}'", f"show a batch of {batch.rows} rows"):
+            shown = registry.find("view", view.name)(batch, **view.knobs)
+        if not isinstance(shown, Batch):
+            raise Refused(
+                f"The view '{view.name}' gives a {type(shown).__name__}, expected a Batch; let it return "
+                "batch.replace(x=...)."
+            )
+        batch = shown
+    return batch
 
 
 def _view(chosen: list[Named]) -> View | None:

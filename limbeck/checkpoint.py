@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import safetensors.torch
@@ -161,12 +161,17 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def _arrays(path: Path, data: bytes) -> dict[str, Tensor]:
     """What a `.npz` holds; arrays of Python objects, which are pickles, are refused."""
+    fix = "write it again with numpy.savez, or as safetensors"
+    if not is_zipfile(io.BytesIO(data)):
+        raise _refusal(path, "contents that are no zip archive", "a .npz of plain arrays", fix)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (ValueError, TypeError, EOFError, KeyError, OSError, BadZipFile, zlib.error) as error:
-        fix = "write it again with numpy.savez, or as safetensors"
-        raise _refusal(path, f"unreadable contents ({error})", "a .npz of plain arrays", fix) from error
+        # numpy's own words would have you unpickle it.
+        pickled = "allow_pickle" in str(error)
+        found = "an array of Python objects, a pickle" if pickled else f"unreadable contents ({error})"
+        raise _refusal(path, found, "a .npz of plain arrays", fix) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -76,13 +76,13 @@ def distill(
     from limbeck.board import Board
 
     plan = distilling.plan(teacher, student, data, epochs=epochs, labels=labels)
-    title = f"{student} under {Path(teacher).stem} on {Path(data).name}"
-    folder = out or Path("runs") / "distill"
+    title = "{} under {} on {}".format(*distilling.called(teacher, student, data))
+    folder = out or distilling.folder(teacher, student, data)
     chosen = {"kd": {"terms": [distilling.KD]}}
     table = Board(plan, chosen, list(range(seeds)), folder, title=title, device=_device(device))
     written = folder / "board.toml"
     checkpoint.write_atomic(written, report.board_toml(table.said()).encode())
-    _print(f"The plan: {written} (run it again, or change it: limbeck board {written})")
+    _print(f"The plan: {written} (run it again: limbeck board {written} --out {folder})")
     _print(f"It will take {doctor.of_board(plan, list(table.plans.values()), seeds, device)}.")
     _watch_board(table)
     result = table.result()
@@ -109,7 +109,10 @@ def board(
     source: Annotated[Path, typer.Argument(help="A board or a recipe (.toml).")],
     methods: Annotated[
         str | None,
-        typer.Option(help="Methods to compare, separated by commas; default: the board's own arms."),
+        typer.Option(
+            help="Methods to compare, separated by commas: each as the board's arm of that name, or else "
+            "with its default weight and knobs (default: the board's own arms)."
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
     out: Where = None,
@@ -119,8 +122,11 @@ def board(
     """Compare methods with an honest control, over seeds; write a table and a report."""
     from limbeck import board as boards
     from limbeck import report
+    from limbeck.core.refused import Refused
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip()) if methods else ()
+    if methods is not None and not chosen:
+        raise Refused(f"`--methods {methods}` names no method; give some, for example --methods kd,rkd.")
     whole, arms, given, title = boards.read(source, tuple(set_ or ()), chosen, seeds)
     table = boards.Board(
         whole, arms, given, out or Path("runs") / source.stem, title=title, device=_device(device)
@@ -141,6 +147,8 @@ def list_(
     from limbeck.core.refused import Refused
 
     if kind not in registry.KINDS:
+        kind = next((one for one in registry.KINDS if kind in (f"{one}s", f"{one}es")), kind)
+    if kind not in registry.KINDS:
         raise Refused(f"There is no kind '{kind}'; the kinds are {', '.join(registry.KINDS)}.")
     if kind != "method":
         _print("\n".join(registry.names(kind)))
@@ -157,10 +165,11 @@ def list_(
 
 @app.command()
 def show(
-    what: Annotated[str, typer.Argument(help="A method, a lens, a scheme, or a recipe (.toml).")],
+    what: Annotated[str, typer.Argument(help="A name that `limbeck list KIND` tells, or a recipe (.toml).")],
     json: Annotated[bool, typer.Option("--json", help="A recipe as JSON, with every default.")] = False,
 ) -> None:
-    """The page of a method (paper, equation, departures, knobs), or who learns what in a recipe."""
+    """The page of a method (paper, equation, departures, knobs) or of anything else that has a name, or who
+    learns what in a recipe."""
     from limbeck import equation, registry
     from limbeck import recipe as recipes
 
@@ -168,9 +177,10 @@ def show(
         plan = recipes.read(Path(what))
         _print(plan.model_dump_json(indent=2, by_alias=True) if json else equation.told(plan))
         return
-    kind = next((k for k in ("lens", "scheme") if what in registry.names(k)), "method")
+    kind = next((k for k in registry.KINDS if what in registry.names(k)), "method")
     found = registry.find(kind, what)
-    lines = [(sys.modules[found.__module__].__doc__ or "").strip(), ""]
+    home = registry.names(kind).get(what) or found.__module__
+    lines = [(sys.modules[home].__doc__ or "").strip(), ""]
     if kind == "method":
         card = found.card
         lines += [
@@ -180,8 +190,9 @@ def show(
             f"{', '.join(sorted(card.needs)) or 'nothing special'}.",
         ]
     factory = found.staged if kind == "scheme" else found
-    known = registry.knobs(factory) if kind != "lens" else {}
-    lines += ["Knobs:", *([f"  {knob}" for name, knob in known.items() if name != "cast"] or ["  none"])]
+    filled = equation.FILLED_IN.get(kind, ())
+    known = {} if kind in ("lens", "task") else registry.knobs(factory)
+    lines += ["Knobs:", *([f"  {knob}" for name, knob in known.items() if name not in filled] or ["  none"])]
     _print("\n".join(lines))
 
 
@@ -215,6 +226,101 @@ def new(
     if what != "method":
         raise Refused(f"There is no template of '{what}'; write: limbeck new method {name} --kind {kind}")
     _print("\n".join(new.method(name, kind, outside)))
+
+
+store = typer.Typer(no_args_is_help=True, help="What a teacher says, asked once and read again.")
+app.add_typer(store, name="store")
+
+Source = Annotated[
+    Path, typer.Argument(help="A recipe (.toml) whose teacher has weights, or a finished run's folder.")
+]
+Who = Annotated[str, typer.Option(help="The teacher's name in the recipe.")]
+Which = Annotated[int, typer.Option(help="The stage whose lessons are asked about (-1: the last).")]
+
+
+@store.command("write")
+def store_write(
+    source: Source,
+    folder: Annotated[Path, typer.Option("--out", help="The store's folder.")],
+    teacher: Who = "teacher",
+    stage: Which = -1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="How many (default: the stage's).")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16, top or top-logits (default: by classes).")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many of the largest are kept.")] = 10,
+    taps: Annotated[str | None, typer.Option(help="Features kept too, as bfloat16: stage2,pooled.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Ask a teacher about every sample of every epoch of a stage; goes on where it was stopped."""
+    from limbeck.data.store_write import plan, write
+    from limbeck.doctor import duration, size
+
+    loader, who = _lesson(source, teacher, stage, _device(device))
+    count = loader.epochs if epochs is None else epochs
+    how = {name.strip(): "bfloat16" for name in (taps or "").split(",") if name.strip()}
+    header = plan(who, loader, kind=kind, top=top, taps=how, device=device)
+    each = f"{header.record.itemsize} bytes a sample and epoch"
+    _print(f"It will take {size(count * header.shard_bytes)} on disk, {each}.")
+    with _progress() as bar:
+        line = bar.add_task("", total=1.0)
+        for now in write(folder, who, loader, range(count), kind=kind, top=top, taps=how, device=device):
+            left = duration(now.seconds_left) if now.rate else "unknown time"
+            said = f"epoch {now.epoch + 1}/{count}, {now.rate:,.0f} samples/s, {left} left"
+            bar.update(line, completed=now.done / now.rows, description=said)
+    _print(f'Stored: {folder}; in a recipe: {teacher} = {{ stored = "{folder}" }}')
+
+
+@store.command("verify")
+def store_verify(
+    folder: Annotated[Path, typer.Argument(help="The store's folder.")],
+    source: Source,
+    teacher: Who = "teacher",
+    stage: Which = -1,
+    sample: Annotated[int, typer.Option(min=1, help="How many rows are asked again.")] = 1000,
+    device: Device = "cpu",
+) -> None:
+    """Ask the teacher again for some rows, and say how far its answers are from those stored."""
+    from limbeck.data.store_write import verify
+
+    loader, who = _lesson(source, teacher, stage, _device(device))
+    found = verify(folder, who, loader, sample, device=device)
+    largest = ", ".join(f"{name} {value:.3g}" for name, value in found.largest.items())
+    others = f"{found.other_classes:.2%} of the kept classes are others now"
+    _print(f"{found.rows:,} rows: largest difference {largest}; {others}")
+
+
+@store.command("info")
+def store_info(folder: Annotated[Path, typer.Argument(help="The store's folder.")]) -> None:
+    """What a store holds, as JSON."""
+    import json
+
+    from limbeck.data.store import Store
+
+    _print(json.dumps(Store(folder).info(), indent=2))
+
+
+def _lesson(source: Path, name: str, stage: int, device: str) -> tuple[Any, Any]:
+    """The loader of a stage, and a teacher that is done learning, of a recipe or a finished run."""
+    from limbeck import build
+    from limbeck import recipe as recipes
+    from limbeck.core.refused import Refused
+    from limbeck.run import resume as again
+
+    if source.is_dir():
+        lab = again(source, device=device).lab
+    else:
+        lab = build.lab(recipes.read(source), device=device)
+    count = len(lab.recipe.stages)
+    if not -count <= stage < count:
+        raise Refused(f"Stage {stage} was asked for, and the recipe has {count} (0 to {count - 1}).")
+    learns = {name for one in lab.recipe.stages for name in one.learners}
+    if not source.is_dir() and learns & {name, *lab.recipe.within(name)}:
+        raise Refused(
+            f"'{name}' learns in {source}, so it has nothing to say yet; run the recipe, and give the folder "
+            "of the finished run."
+        )
+    return lab.loader(lab.recipe.stages[stage]), lab.teacher(name)
 
 
 # --- showing progress ---

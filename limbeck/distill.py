@@ -14,6 +14,7 @@ The choices, and why:
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from torch import nn
 
@@ -53,6 +54,17 @@ def plan(
         one["augment"] = ["crop", "flip"] if colour else []
         one["optim"] = {"student": _optimiser(lab.models[one["learner"]])}
     return recipe.parse(content, "the plan")
+
+
+def folder(teacher: str, student: str, data: str) -> Path:
+    """Where it is done if nothing else is said: what is distilled of other names has another folder."""
+    return Path("runs") / "distill" / quote("-".join(called(teacher, student, data)), safe=" ")
+
+
+def called(teacher: str, student: str, data: str) -> tuple[str, str, str]:
+    """Student, teacher and data in short: files and folders without their way."""
+    who = Path(teacher).stem if teacher.endswith(MARK) else teacher
+    return student, who, Path(data).resolve().name if Path(data).is_dir() else data
 
 
 def ship(board: Board) -> tuple[str, int, Path]:

@@ -23,7 +23,7 @@ STEPS = 3
 @dataclass(frozen=True)
 class Cost:
     """seconds of training and scoring; memory, the most bytes that this process (or the GPU) has held; disk,
-    bytes of checkpoints and weights."""
+    the most bytes of checkpoints, weights and answers at a time."""
 
     seconds: float
     memory: int
@@ -38,15 +38,45 @@ class Cost:
 
 def of_board(whole: Recipe, plans: Sequence[Recipe], seeds: int, device: str = "cpu") -> Cost:
     """What a board takes: the stages before the last once a seed, the last once an arm and seed."""
-    lab = build.lab(whole, device=device)
-    stages = [_stage(lab, number) for number in range(len(whole.stages) - 1)]
-    stages += [_stage(build.lab(plan, device=device), len(plan.stages) - 1) for plan in plans]
-    seconds, disk = zip(*stages, strict=True)
-    return Cost(seeds * sum(seconds), _peak(device), seeds * sum(disk))
+    last = len(whole.stages) - 1
+    first = whole.model_copy(update={"stages": whole.stages[:-1]})
+    runs = [(first, 0)] if last else []
+    cells = [_run(plan, begin, device) for plan, begin in [*runs, *((plan, last) for plan in plans)]]
+    # Everything is kept; while the largest cell is at work, its checkpoint is there twice.
+    kept = seeds * sum(cell.kept for cell in cells)
+    more = max(cell.working - cell.kept for cell in cells)
+    return Cost(seeds * sum(cell.seconds for cell in cells), _peak(device), kept + max(more, 0))
 
 
-def _stage(lab: build.Lab, number: int) -> tuple[float, int]:
-    """Seconds that a stage will take, and bytes that its checkpoint will."""
+@dataclass(frozen=True)
+class _Cell:
+    """Bytes that a finished run leaves, and the most that one at work has there."""
+
+    seconds: float
+    kept: int
+    working: int
+
+
+def _run(plan: Recipe, begin: int, device: str) -> _Cell:
+    """What a run takes from its stage `begin` on; the stages before come from another's checkpoint."""
+    lab = build.lab(plan, device=device)
+    seconds, written, working = 0.0, 0, 0
+    trained: dict[str, int] = {}  # bytes of every learner's weights: each checkpoint holds them all
+    for number, stage in enumerate(plan.stages):
+        learners = {name: _bytes(net.state_dict()) for name, net in lab.learners(stage).items()}
+        if number >= begin:
+            took, state, ships, answers = _stage(lab, number)
+            best = ships if lab.task.headline else 0
+            seconds += took
+            working = max(working, written + 2 * (sum(trained.values()) + state + best))
+            written += ships + answers
+        trained |= learners
+    return _Cell(seconds, written + sum(trained.values()), working)
+
+
+def _stage(lab: build.Lab, number: int) -> tuple[float, int, int, int]:
+    """Seconds that a stage will take, and bytes of its state at work, of what it ships, and of its answers to
+    the test split."""
     stage, engine = lab.recipe.stages[number], lab.engine(number)
     lessons = engine.lessons()
     steps = stage.epochs * engine.loader.steps
@@ -58,7 +88,14 @@ def _stage(lab: build.Lab, number: int) -> tuple[float, int]:
 
     scored = (stage.epochs + 1) * len(lab.splits.valid) + len(lab.splits.test)
     seconds = steps * statistics.median(each[1:] or each) + scored / few.batch * _timed(score, lab.device)
-    return seconds, _bytes(engine.state_dict())
+    shipped = engine.scheme.ships()
+    answers = len(lab.splits.test) * (2 * len(lab.splits.test.classes) + 8)  # half logits, and the label
+    return (
+        seconds,
+        _bytes(engine.state_dict()),
+        _bytes(shipped.state_dict()),
+        answers if lab.task.headline == "accuracy" else 0,
+    )
 
 
 def _timed(what: Callable[[], Any], device: torch.device) -> float:

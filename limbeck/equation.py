@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from limbeck import registry
-from limbeck.recipe import Group, Growth, Made, Mean, Named, Net, Optim, Recipe, Stage, Use
+from limbeck.recipe import Group, Growth, Kept, Made, Mean, Named, Net, Optim, Recipe, Stage, Use
 
 FILLED_IN: dict[str, tuple[str, ...]] = {
     "data": (),
@@ -75,7 +75,7 @@ def _rows(it: Stage) -> str:
     labels = "every label" if it.labels is None else f"{it.labels:,} labels"
     rows = "labelled rows only" if it.rows == "labelled" else "all rows"
     whole = f", {it.per_class} rows a class" if it.per_class else ""
-    parts = [f"{it.epochs} epochs of batches of {it.batch}{whole}", rows, labels]
+    parts = [f"{it.epochs} epoch{'s' if it.epochs > 1 else ''} of batches of {it.batch}{whole}", rows, labels]
     if it.augment:
         parts.append(f"augmented by {_views(it.augment)}")
     if it.view:
@@ -118,7 +118,9 @@ def _optim(spec: Optim) -> str:
     )
 
 
-def _model(spec: Net | Mean | Group) -> str:
+def _model(spec: Net | Mean | Group | Kept) -> str:
+    if isinstance(spec, Kept):
+        return f"answers stored in {spec.stored} ({spec.epochs})"
     if isinstance(spec, Mean):
         text = f"running mean of {spec.mean_of}, decay {spec.decay:g}"
     elif isinstance(spec, Group):

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    PydanticUserError,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -81,7 +83,7 @@ class Net(Named):
         the data.
     """
 
-    weights: str | None = None
+    weights: str | None = Field(None, min_length=1)
     taps: dict[str, str] = {}
     view: Views = []
     columns: list[int] | None = None
@@ -108,6 +110,17 @@ class Group(Strict):
 
     ensemble: list[str] = Field(min_length=1)
     weights: list[float] | None = None
+
+
+class Kept(Strict):
+    """A teacher that answers from a store that `limbeck store write` wrote: no network, no memory of one.
+
+    stored: the store's folder. epochs: `exact` for the very lessons it was written for; `cycle` reuses its
+        epochs in turn, for views that the teacher has not seen.
+    """
+
+    stored: str
+    epochs: Literal["exact", "cycle"] = "exact"
 
 
 class Growth(Strict):
@@ -148,6 +161,10 @@ class Use(Open):
     through: list[str] = []
 
 
+def _method(value: Any) -> Any:
+    return {"method": value} if isinstance(value, str) else value
+
+
 class Made(Strict):
     """A learner made from a trained model when its stage begins. `change` is `copy` or
     `package.module:function` (model → model)."""
@@ -155,6 +172,14 @@ class Made(Strict):
     name: str
     origin: str = Field(alias="from")
     change: str = "copy"
+
+
+def _shares(marks: list[float]) -> list[float]:
+    if not all(0 < mark < 1 for mark in marks):
+        raise ValueError(
+            "expected shares of the stage between 0 and 1, not epochs; epoch 150 of 240 is 0.625"
+        )
+    return marks
 
 
 class Optim(Strict):
@@ -172,7 +197,8 @@ class Optim(Strict):
     nesterov: bool = True
     weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
-    milestones: list[float] = [0.625, 0.75, 0.875]  # of the stage: epochs 150, 180, 210 of 240
+    # Of the stage: epochs 150, 180, 210 of 240.
+    milestones: Annotated[list[float], AfterValidator(_shares)] = [0.625, 0.75, 0.875]
     gamma: float = Field(0.1, gt=0, allow_inf_nan=False)
     warmup: float = Field(0.0, ge=0, lt=1)
 
@@ -215,7 +241,7 @@ class Stage(Strict):
     labels: int | None = Field(None, ge=0)
     rows: Literal["all", "labelled"] = "all"
     per_class: int | None = Field(None, ge=1)
-    terms: list[Use] = []
+    terms: list[Annotated[Use, BeforeValidator(_method)]] = []
     task_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     scheme: Annotated[Named, BeforeValidator(_named)] = Named(name="offline")
     augment: Views = []
@@ -246,11 +272,15 @@ def _model_kind(value: Any) -> str:
     has = (
         value if isinstance(value, dict) else type(value).model_fields if isinstance(value, BaseModel) else {}
     )
-    return "<mean>" if "mean_of" in has else "<group>" if "ensemble" in has else "<net>"
+    marks = {"mean_of": "<mean>", "ensemble": "<group>", "stored": "<kept>"}
+    return next((kind for mark, kind in marks.items() if mark in has), "<net>")
 
 
 Model = Annotated[
-    Annotated[Net, Tag("<net>")] | Annotated[Mean, Tag("<mean>")] | Annotated[Group, Tag("<group>")],
+    Annotated[Net, Tag("<net>")]
+    | Annotated[Mean, Tag("<mean>")]
+    | Annotated[Group, Tag("<group>")]
+    | Annotated[Kept, Tag("<kept>")],
     Discriminator(_model_kind),
     BeforeValidator(_named),
 ]
@@ -324,7 +354,7 @@ class Recipe(Strict):
         return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
 
 
-def _made_of(model: Net | Mean | Group) -> list[str]:
+def _made_of(model: Net | Mean | Group | Kept) -> list[str]:
     return [model.mean_of] if isinstance(model, Mean) else model.ensemble if isinstance(model, Group) else []
 
 
@@ -339,6 +369,9 @@ def read(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
+        if path.is_dir():
+            resume = f"go on with its run: limbeck resume {path}" if (path / "run.json").exists() else ""
+            raise Refused(f"{path} is a folder; {resume or 'give the path of a recipe (.toml)'}.")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refused(f"There is no file {path}; give the path of a recipe (.toml).") from None
@@ -400,7 +433,8 @@ def _known(where: str, name: str, known: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         raise Refused(
             f"{where} names '{name}', which is no model of this "
-            f"recipe{f' (did you mean {near[0]!r}?)' if near else ''}; its models are {', '.join(known)}."
+            f"recipe{f' (did you mean {near[0]!r}?)' if near else ''}; "
+            f"{'its models are ' + ', '.join(known) if known else 'it has none'}."
         )
 
 
@@ -409,24 +443,26 @@ def _check_knobs(recipe: Recipe) -> None:
 
     def views(where: str, chosen: Sequence[Named]) -> None:
         for view in chosen:
-            _fit_knobs(where, registry.find("view", view.name), view, given=("batch",))
+            _fit_knobs(where, registry.find("view", view.name), view, ours="batch")
 
-    registry.find("task", recipe.task)
+    _fit_knobs("task", registry.find("task", recipe.task), Named(name=recipe.task))
     _fit_knobs("data", registry.find("data", recipe.data.name), recipe.data)
     for name, model in recipe.models.items():
         if isinstance(model, Net):
             factory = registry.find("model", model.name)
             _fit_knobs(f"models.{name}", factory, model, given=("classes", "channels", "size"))
-        if not isinstance(model, Group):
+        if isinstance(model, Net | Mean):
             views(f"models.{name}.view", model.view)
     for n, stage in enumerate(recipe.stages):
         scheme = registry.find("scheme", stage.scheme.name)
-        _fit_knobs(f"stages.{n}.scheme", scheme.staged, stage.scheme, given=("cast",))
+        if isinstance(stage.learner, Made) and stage.learner.change != "copy":
+            registry.find("model", stage.learner.change)
+        _fit_knobs(f"stages.{n}.scheme", scheme.staged, stage.scheme, ours="cast")
         views(f"stages.{n}.augment", stage.augment)
         views(f"stages.{n}.view", stage.view)
         for k, use in enumerate(stage.terms):
             where = f"stages.{n}.terms.{k}"
-            _refuse_own_teacher(where, recipe, stage, use, peers=scheme.learners_teach)
+            _refuse_own_teacher(where, recipe, stage, use, peers=getattr(scheme, "learners_teach", False))
             _fit_knobs(where, registry.find("method", use.method), use)
             for lens in use.through:
                 registry.find("lens", lens)
@@ -442,25 +478,27 @@ def _refuse_own_teacher(where: str, recipe: Recipe, stage: Stage, use: Use, peer
         )
 
 
-def _fit_knobs(where: str, factory: Any, spec: Open, given: Sequence[str] = ()) -> None:
+def _fit_knobs(where: str, factory: Any, spec: Open, given: Sequence[str] = (), ours: str = "") -> None:
+    """given: what the house fills in where the recipe does not. ours: what it alone can give."""
     from limbeck import registry
 
-    known = registry.knobs(factory)
+    known = {name: knob for name, knob in registry.knobs(factory).items() if name != ours}
     for knob, value in spec.knobs.items():
         if knob not in known:
             names = [*known, *type(spec).model_fields]
             raise Refused(
-                f"unknown key `{knob}` at {where}{_meant(knob, names)}; its knobs are "
-                f"{', '.join(known) or 'none'}."
+                f"unknown key `{knob}` at {where}{_meant(knob, names)}; "
+                f"{'its knobs are ' + ', '.join(known) if known else 'it has no knobs'}."
             )
         annotation = known[knob].annotation
         if annotation is not known[knob].empty:
             try:
                 TypeAdapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
             except ValidationError as error:
-                raise Refused(
-                    f"{where}.{knob} is {value!r}: {_expected(error.errors()[0]['msg'])}."
-                ) from None
+                first = error.errors()[0]
+                raise Refused(f"{where}.{knob} is {value!r}: {_expected(first)}.") from None
+            except (PydanticUserError, NameError):
+                pass  # a type that no recipe can say; what it names will tell
     missing = [n for n, p in known.items() if p.default is p.empty and n not in spec.knobs and n not in given]
     if missing:
         raise Refused(f"{where} lacks `{missing[0]}`, which {getattr(factory, '__name__', factory)} needs.")
@@ -472,17 +510,30 @@ def _sentence(model: Any, error: ValidationError) -> str:
     loc = [str(part) for part in first["loc"] if not str(part).startswith("<")]
     where = ".".join(loc)
     if first["type"] == "extra_forbidden":
-        kinds = (Recipe, Stage, Made, Optim, Growth, Mean, Group, model)
-        names = [
-            field.alias or name for kind in kinds for name, field in getattr(kind, "model_fields", {}).items()
-        ]
+        fields = getattr(_table(model, first["loc"][:-1]), "model_fields", {})
+        names = [field.alias or name for name, field in fields.items()]
         place = f" at {'.'.join(loc[:-1])}" if loc[:-1] else ""
         return f"unknown key `{loc[-1]}`{place}{_meant(loc[-1], names)}."
     if first["type"] == "missing":
         return f"`{where}` is missing; it is required."
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{where or 'it'} is {first['input']!r}: {_expected(first['msg'])}."
+        why = first["ctx"]["error"]
+        return f"{where} is {first['input']!r}: {why}." if where else str(why)
+    return f"{where or 'it'} is {first['input']!r}: {_expected(first)}."
+
+
+def _table(model: Any, loc: Sequence[int | str]) -> Any:
+    """The model of the table at `loc`, of those that take no further keys."""
+    match loc:
+        case [*_, "<made>" | "<mean>" | "<group>" | "<kept>" as tag]:
+            return {"<made>": Made, "<mean>": Mean, "<group>": Group, "<kept>": Kept}[tag]
+        case [*_, "optim", str()]:
+            return Optim
+        case [*_, "ramp"]:
+            return Growth
+        case ["stages", int()]:
+            return Stage
+    return model
 
 
 def _meant(word: str, names: Sequence[str]) -> str:
@@ -490,5 +541,20 @@ def _meant(word: str, names: Sequence[str]) -> str:
     return f" (did you mean `{near[0]}`?)" if near else ""
 
 
-def _expected(message: str) -> str:
-    return "expected " + message.removeprefix("Input should be ").rstrip(".")
+def _expected(error: Any) -> str:
+    """Pydantic's message in the words of TOML."""
+    match error["type"]:
+        case "model_type" if error["ctx"]["class_name"] in ("Net", "Source", "Named", "Use"):
+            return "expected a name or a table"
+        case "model_type" | "dict_type" | "mapping_type":
+            return "expected a table"
+        case "list_type" | "tuple_type" | "sequence_type":
+            return "expected a list"
+        case "too_short" | "too_long":
+            short = error["type"] == "too_short"
+            count = error["ctx"]["min_length" if short else "max_length"]
+            entries = "entry" if count == 1 else "entries"
+            return f"expected at {'least' if short else 'most'} {count} {entries}"
+        case "string_too_short":
+            return "expected some text"
+    return "expected " + error["msg"].removeprefix("Input should be ").rstrip(".")

@@ -25,6 +25,9 @@ KINDS: dict[str, tuple[str, str | None, str]] = {
     "model": ("models", None, "MODELS"),
 }
 
+# What a class from outside must have. The other kinds are functions, and data may be a data set itself.
+_HAS = {"method": ("card", "loss"), "scheme": ("staged",), "task": ("headline", "loss", "score")}
+
 
 def find(kind: str, name: str) -> Any:
     """The class or function called `name`, or the object at `package.module:name`. Raises `Refused` with the
@@ -67,36 +70,65 @@ def names(kind: str) -> dict[str, str]:
 
 
 def knobs(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword knobs of a method's class or a model's factory, by name."""
-    return {
-        n: p
-        for n, p in inspect.signature(factory).parameters.items()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    """The keyword knobs of a method's class or a model's factory, by name; none where it does not tell."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _outside_model(name: str) -> Any:
     from limbeck.models.outside import SOURCES, factory  # late: torch is not waited for
 
     source, _, rest = name.partition(":")
-    return SOURCES[source](rest) if source in SOURCES and rest else factory(name, _outside("model", name))
+    return SOURCES[source](rest) if source in SOURCES and rest else factory(name, _imported("model", name))
 
 
 def _outside(kind: str, path: str) -> Any:
+    found = _imported(kind, path)
+    if kind == "data":
+        return found if callable(found) else lambda: found
+    lacks = [name for name in _HAS.get(kind, ()) if not hasattr(found, name)]
+    if kind not in _HAS and not callable(found):
+        raise Refused(f"The {kind} '{path}' is of type {type(found).__name__}, expected a function.")
+    if kind in _HAS and not (inspect.isclass(found) and not lacks):
+        what = "a class" if inspect.isclass(found) else f"of type {type(found).__name__}"
+        raise Refused(
+            f"The {kind} '{path}' is {what}{f' without `{lacks[0]}`' if lacks else ''}, expected a subclass "
+            f"of limbeck.core.{kind}.{kind.title()} with {' and '.join(f'`{name}`' for name in _HAS[kind])}."
+        )
+    return found
+
+
+def _imported(kind: str, path: str) -> Any:
     module, _, attribute = path.partition(":")
     if not module or not attribute:
         raise Refused(f"The {kind} '{path}' names nothing; expected 'package.module:name'.")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise Refused(
+            f"The {kind} '{path}' begins with no module's name; expected 'package.module:name', for "
+            f"./mine.py 'mine:{attribute}' (modules are looked for where you are, and on the Python path)."
+        )
     try:
-        return getattr(importlib.import_module(module), attribute)
+        whole = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise Refused(
             f"The {kind} '{path}' cannot be imported: {error}; expected 'package.module:name' of something "
             "on the Python path."
         ) from None
-    except AttributeError:
-        raise Refused(
-            f"The {kind} '{path}' does not exist: module '{module}' has no '{attribute}'."
-        ) from None
+    except (Exception, SystemExit) as error:  # theirs
+        why = in_a_line(error)
+        raise Refused(f"The {kind} '{path}' cannot be imported: {why}; mend that module.") from error
+    if not hasattr(whole, attribute):
+        raise Refused(f"The {kind} '{path}' does not exist: module '{module}' has no '{attribute}'.")
+    return getattr(whole, attribute)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Somebody else's error in a line: its type, and its own first words."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _defines(path: Path, parent: str | None, name: str) -> bool:

@@ -492,7 +492,7 @@ def _reliability(bins: Sequence[Sequence[float]]) -> list[dict[str, float]]:
 KINDS = {
     "won": "{arm} is right in more seeds than the control",
     "lost": "{arm} is right in fewer seeds than the control",
-    "doubted": "The teacher is least sure",
+    "doubted": "Dark knowledge: where the teacher is least sure",
 }
 
 

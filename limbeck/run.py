@@ -2,7 +2,7 @@
 sittings as needed.
 
 run.json        what is done, with what, since when        metrics.jsonl   a line per epoch
-checkpoint.*    where we are, between two batches          NAME.safetensors, NAME.json   what ships
+checkpoint.*    where we are, between two batches          NAME.safetensors, NAME.json   a learner, trained
 answers-NAME.*  what NAME said of the test split
 result.json     scores, seconds, parameters: there when the run is finished
 PID-TIME.lock   which process is writing here: there while it does
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from limbeck.core.task import Task
 from limbeck.data.loader import Loader
 from limbeck.engine import Engine, Record, evaluate
 
-_RUN = ("fingerprint", "recipe", "seed")
+_RUN = ("fingerprint", "recipe", "seed", "environment")
+_RESULT = ("shipped", "scores", "last", "best", "parameters", "seconds", "stages")
+_BOARD = ("cells", "shared", "board.json")
 _RESTORE = "restore it from a copy, or remove its folder to start again"
 
 
@@ -81,11 +83,9 @@ class Run:
             )
         self.plan, self.folder, self.every, self.device = plan, folder, every, device
         self.seed = plan.seed if seed is None else seed
+        self._started = begun(folder, plan, self.seed)
         self.fingerprint = _fingerprint(plan, self.seed)
         self._stop = False
-        self._started = _read(folder / "run.json", *_RUN)
-        if self._started is not None and self._started["fingerprint"] != self.fingerprint:
-            raise Refused(_other_run(folder, self._started, plan, self.seed))
         if self._started is None:
             build.rehearse(plan, self.seed, device)
         self.lab = build.lab(plan, self.seed, device)
@@ -110,7 +110,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         """Scores, seconds and parameters of a finished run."""
-        return _read(self.folder / "result.json")
+        return result(self.folder)
 
     def stop(self) -> None:
         """Ask for a stop at the next batch: the state is saved and `Stopped` raised."""
@@ -201,8 +201,8 @@ class Run:
                 net.load_state_dict(state["models"][name])
 
     def _end_stage(self, engine: Engine) -> None:
-        """Score the last and the best epoch, the test split too, each this once, and take the one that the
-        stage keeps; the last stage's is also written."""
+        """Score the last and the best epoch, the test split too, each this once, and take and write the one
+        that the stage keeps."""
         stage, shipped = self.plan.stages[self.stage], engine.scheme.ships()
         last = (engine.step // engine.loader.steps - 1, copy.deepcopy(shipped.state_dict()))
         best = last if self.best is None else (self.best["epoch"], self.best["weights"])
@@ -234,9 +234,8 @@ class Run:
         self.best = None
         place = answers.place(self.folder, stage.learns)
         answers.write(place, heard[epoch], {**final, "seed": self.seed})
-        if self.stage + 1 == len(self.plan.stages):
-            file = self.folder / f"{stage.learns}.safetensors"
-            checkpoint.save_weights(file, shipped.state_dict(), {**final, **self._about()})
+        file = self.folder / f"{stage.learns}.safetensors"
+        checkpoint.save_weights(file, shipped.state_dict(), {**final, **self._about()})
 
     def _scores(self, engine: Engine, split: str, task: Task | None = None) -> dict[str, float]:
         loader = Loader(getattr(self.lab.splits, split), 256, seed=self.seed)
@@ -288,6 +287,7 @@ class Run:
             "seed": self.seed,
             "fingerprint": self.fingerprint,
             "recipe": self.plan.model_dump(mode="json", by_alias=True),
+            "files": _files(self.plan),
             "environment": environment(self.device),
         }
 
@@ -317,7 +317,8 @@ def _process(pid: int) -> str | None:
 
 def resume(folder: Path, *, device: str = "cpu", every: float = 60.0) -> Run:
     """The run that a folder holds, where it stopped. Raises `Refused` when there is none."""
-    started = _read(folder / "run.json", *_RUN)
+    _refuse_file(folder)
+    started = read(folder / "run.json", *_RUN)
     if started is None:
         raise Refused(
             f"{folder} holds no run (it has no run.json); give the folder of a run that was started, for "
@@ -325,6 +326,33 @@ def resume(folder: Path, *, device: str = "cpu", every: float = 60.0) -> Run:
         )
     plan = recipe.parse(started["recipe"], str(folder / "run.json"))
     return Run(plan, folder, seed=started["seed"], device=device, every=every)
+
+
+def begun(folder: Path, plan: recipe.Recipe, seed: int) -> dict[str, Any] | None:
+    """What `run.json` says of this very run; None where it has not begun. Raises `Refused` when the folder is
+    somebody else's: of another recipe, of a board, or no folder."""
+    _refuse_file(folder)
+    if any((folder / name).exists() for name in _BOARD):
+        raise Refused(f"{folder} holds a board, whose runs have folders of their own; choose another folder.")
+    started = read(folder / "run.json", *_RUN)
+    if started is not None and started["fingerprint"] != _fingerprint(plan, seed):
+        raise Refused(_other_run(folder, started, plan, seed))
+    return started
+
+
+def result(folder: Path) -> dict[str, Any] | None:
+    """Scores, seconds and parameters of the run in a folder; None when it is not finished."""
+    return read(folder / "result.json", *_RESULT)
+
+
+def records(folder: Path, stage: int) -> list[dict[str, Any]]:
+    """What was noted of every epoch of a run's stage. Raises `Refused` when that cannot be read."""
+    path = folder / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if line["stage"] == stage]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path} cannot be read ({error}); {_RESTORE}.") from None
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -361,36 +389,83 @@ def _commit() -> str | None:
 
 
 def _fingerprint(plan: recipe.Recipe, seed: int) -> str:
-    return sha256(plan.model_copy(update={"seed": seed}).as_json().encode()).hexdigest()
+    """Of all that the run begins with: the recipe, and the files that it names by their paths only."""
+    files = _files(plan)
+    content = plan.model_copy(update={"seed": seed}).as_json() + (json.dumps(files) if files else "")
+    return sha256(content.encode()).hexdigest()
+
+
+def _files(plan: recipe.Recipe) -> dict[str, str]:
+    """sha256 of the weights, or of the store's note, of each model that has them from a file."""
+    paths = {}
+    for name, spec in sorted(plan.models.items()):
+        if isinstance(spec, recipe.Net) and spec.weights is not None:
+            paths[name] = build.file(spec.weights)
+        elif isinstance(spec, recipe.Kept):
+            paths[name] = build.file(spec.stored) / "store.json"
+    return {name: _sha256(name, path) for name, path in paths.items()}
+
+
+def _sha256(name: str, path: Path) -> str:
+    try:
+        about = path.stat()
+        return _digest(path.resolve(), about.st_mtime_ns, about.st_size)
+    except OSError as error:
+        raise Refused(
+            f"Model '{name}': {path} cannot be read ({error.strerror}); correct the path in models.{name}."
+        ) from None
+
+
+@cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    """A board begins many runs with the same file: it is read once for as long as it stays as it is."""
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _first_stages(plan: recipe.Recipe, after: Path) -> list[recipe.Stage]:
-    started = _read(after / "run.json", *_RUN)
+    started = read(after / "run.json", *_RUN)
     if started is None:
         raise Refused(f"{after} holds no run to go on from (it has no run.json).")
     return plan.stages[: len(started["recipe"]["stages"])]
 
 
-def _read(path: Path, *keys: str) -> dict[str, Any] | None:
-    """A JSON file of ours, None when it is not there."""
+def read(path: Path, *keys: str) -> dict[str, Any] | None:
+    """A JSON file of ours, None when it is not there. Raises `Refused` when it is damaged or lacks a key."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read ({error}); {_RESTORE}.") from None
-    if not isinstance(content, dict) or any(key not in content for key in keys):
-        raise Refused(f"{path} is not a run's: it lacks {' or '.join(keys) or 'entries'}; {_RESTORE}.")
+    lacks = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if lacks or not isinstance(content, dict):
+        raise Refused(f"{path} is not as it was written: it lacks {', '.join(lacks)}; {_RESTORE}.")
     return content
+
+
+def _refuse_file(folder: Path) -> None:
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise Refused(f"{there} is a file, expected a folder for a run; choose another place.")
 
 
 def _other_run(folder: Path, started: dict[str, Any], plan: recipe.Recipe, seed: int) -> str:
     mine = {"seed": seed, "recipe": plan.model_dump(mode="json", by_alias=True)}
-    where, found, wanted = next(_differences({"seed": started["seed"], "recipe": started["recipe"]}, mine))
-    return (
-        f"{folder} holds a run of another recipe: {where} is {found!r} there and {wanted!r} here; choose "
-        "another folder, or resume that run as it is."
-    )
+    differences = _differences({"seed": started["seed"], "recipe": started["recipe"]}, mine)
+    for where, found, wanted in differences:
+        return (
+            f"{folder} holds a run of another recipe: {where} is {found!r} there and {wanted!r} here; choose "
+            "another folder, or resume that run as it is."
+        )
+    noted = started.get("files") or {}
+    for name, digest in _files(plan).items():
+        if noted.get(name) != digest:
+            return (
+                f"{folder} holds a run of this recipe, and the weights of '{name}' have changed since; "
+                "choose another folder, or put back the file it began with."
+            )
+    return f"{folder / 'run.json'} is not as it was written; {_RESTORE}."
 
 
 def _differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

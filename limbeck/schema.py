@@ -65,10 +65,10 @@ def _parts() -> dict[str, Schema]:
 
     parts |= {
         "data": _one_of("data", "Source", parts),
-        "model": _one_of("model", "Net", parts, "Mean", "Group"),
+        "model": _one_of("model", "Net", parts, "Mean", "Group", "Kept"),
         "scheme": _one_of("scheme", "Named", parts),
         "view": _one_of("view", "Named", parts),
-        "term": {"anyOf": _tables("method", "Use", parts)},
+        "term": {"anyOf": [*_name("method")["anyOf"], *_tables("method", "Use", parts)]},
     }
     last = {name: value for name, value in parts["Stage"].items() if name != "required"}
     parts["Arm"] = last | {"description": "What this arm's last stage does differently."}

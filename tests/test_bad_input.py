@@ -38,7 +38,9 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from limbeck.core.method import Card, Method
 from limbeck.data.loader import Data, Splits
+from limbeck.tasks.classify import Classify
 
 NAMES = tuple("abcdefghij")
 
@@ -94,6 +96,39 @@ def shows_a_pair(classes: int):
 
 def broken(classes: int):
     raise RuntimeError("no such file: backbone.pt")
+
+
+def raises_a_key_error(classes: int = 10):
+    raise KeyError("backbone")
+
+
+NUMBER = 3
+SPLITS = splits(torch.zeros(20, 1, 8, 8), torch.arange(20) % 10)
+
+
+class Unfinished(Method):
+    card = Card("arXiv:2601.00001", 2026, ("response",))
+
+
+class Demanding(Classify):
+    def __init__(self, margin):
+        self.margin = margin
+
+
+def no_batch():
+    return None
+
+
+def gives_none(batch):
+    return None
+
+
+def breaks(batch):
+    raise KeyError("blur")
+
+
+def of_nobody():
+    return None
 '''
 
 Refuse = Callable[..., str]
@@ -179,7 +214,12 @@ def test_what_is_not_toml_comes_with_its_line(refuse: Refuse, place: Path) -> No
 
 
 def test_a_folder_is_no_recipe(refuse: Refuse) -> None:
-    refuse("run|.", "cannot be read")
+    refuse("run|.", ". is a folder; give the path of a recipe")
+
+
+def test_a_runs_folder_says_how_to_go_on(refuse: Refuse, place: Path) -> None:
+    run(place, "runs/small")
+    refuse("run|runs/small", "is a folder", "limbeck resume runs/small")
 
 
 def test_a_board_is_no_recipe_to_run(refuse: Refuse, place: Path) -> None:
@@ -226,7 +266,8 @@ def test_a_model_that_cannot_be_made_says_why(refuse: Refuse, place: Path) -> No
 
 def test_a_model_that_cannot_take_the_data_is_named(refuse: Refuse, place: Path) -> None:
     given(place, "widths = [4]", "widths = [4], channels = 3")
-    refuse("run|small.toml", "In stage 0: ", "teacher cannot be run on the example", "3 channels")
+    words = ["Model 'teacher' (cnn)", "channels = 3", "have channels = 1", "leave `channels` out"]
+    refuse("run|small.toml", "In stage 0: ", *words)
 
 
 def test_unknown_names_come_with_the_near_ones(refuse: Refuse) -> None:
@@ -235,7 +276,7 @@ def test_unknown_names_come_with_the_near_ones(refuse: Refuse) -> None:
     refuse("run|small.toml|--set|stages.1.terms.0.teacher=teachr", "names 'teachr'", "'teacher'")
     refuse("run|small.toml|--set|data=theirs:nothing", "theirs:nothing", "has no 'nothing'")
     refuse("show|kdd", "no method 'kdd'", "'kd'")
-    refuse("list|methods", "no kind 'methods'", "method")
+    refuse("list|knobs", "no kind 'knobs'", "method")
     refuse("board|small.toml|--methods|kd,kdd", "arm 'kdd'", "no method 'kdd'")
 
 
@@ -250,6 +291,105 @@ def test_weights_that_are_a_pickle_are_never_opened(refuse: Refuse, place: Path)
     assert not (place / "opened").exists()
     torch.save({"head.bias": torch.zeros(10)}, place / "w.safetensors")
     refuse("run|small.toml", "w.safetensors", "pickle", "torch.save")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("./theirs.py:in_place", ["'./theirs.py:in_place' begins with no module's name", "'mine:in_place'"]),
+        ("no_syntax:net", ["'no_syntax:net' cannot be imported: SyntaxError", "mend that module"]),
+        ("stumbles:net", ["'stumbles:net' cannot be imported: KeyError: 'HOME_OF_DATA'"]),
+        ("leaves:net", ["'leaves:net' cannot be imported: SystemExit"]),
+        ("theirs:NUMBER", ["'theirs:NUMBER' is of type int"]),
+    ],
+)
+@pytest.mark.parametrize("where", ["models.student", "stages.1.terms.0.method", "stages.0.view"])
+def test_what_cannot_be_imported_or_used_is_one_sentence(
+    path: str, words: list[str], where: str, refuse: Refuse, place: Path
+) -> None:
+    (place / "no_syntax.py").write_text("def net(:\n")
+    (place / "stumbles.py").write_text("{}['HOME_OF_DATA']\n")
+    (place / "leaves.py").write_text("raise SystemExit(0)\n")
+    refuse(f"run|small.toml|--set|{where}='{path}'", "small.toml", *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "data='theirs:raises_a_key_error'",
+            ["The data 'theirs:raises_a_key_error'", "KeyError: 'backbone'"],
+        ),
+        ("data='theirs:NUMBER'", ["The training data is"]),
+        ("models.student='theirs:raises_a_key_error'", ["Model 'student'", "KeyError: 'backbone'"]),
+        ("models.student='theirs:of_nobody'", ["Model 'student' (theirs:of_nobody) is of type NoneType"]),
+        ("stages.1.terms=['theirs:Data']", ["method 'theirs:Data' is a class without `card`", "subclass"]),
+        ("stages.1.terms=['theirs:splits']", ["method 'theirs:splits' is of type function"]),
+        ("stages.1.terms=['theirs:Unfinished']", ["Method 'theirs:Unfinished' cannot be made", "TypeError"]),
+        ("stages.1.scheme='theirs:Data'", ["scheme 'theirs:Data' is a class without `staged`"]),
+        ("task='theirs:Data'", ["task 'theirs:Data' is a class without `headline`"]),
+        ("task='theirs:Demanding'", ["task lacks `margin`"]),
+        ("stages.1.view='theirs:no_batch'", ["In stage 1: ", "view 'theirs:no_batch' cannot", "TypeError"]),
+        ("stages.1.view='theirs:gives_none'", ["In stage 1: ", "view 'theirs:gives_none' gives a NoneType"]),
+        ("models.teacher.view='theirs:breaks'", ["In stage 1: ", "'theirs:breaks' cannot", "KeyError"]),
+        ("stages.1.terms.0.view='theirs:breaks'", ["In stage 1: ", "'theirs:breaks' cannot", "KeyError"]),
+        ("stages.1.augment='theirs:gives_none'", ["In stage 1: ", "'theirs:gives_none' gives a NoneType"]),
+        (
+            "stages.1.learner={ name = 'made', from = 'student', change = 'theirs:no_batch' }",
+            ["In stage 1: ", "change 'theirs:no_batch' cannot make 'made' of 'student': TypeError"],
+        ),
+        (
+            "stages.1.learner={ name = 'made', from = 'student', change = 'theirs:gives_none' }",
+            ["In stage 1: ", "change 'theirs:gives_none' gives a NoneType"],
+        ),
+        (
+            "stages.1.learner={ name = 'made', from = 'student', change = 'theirs:missing' }",
+            ["has no 'missing'"],
+        ),
+    ],
+)
+def test_what_is_brought_and_does_not_work_is_one_sentence(
+    change: str, words: list[str], refuse: Refuse
+) -> None:
+    refuse(f"run|small.toml|--set|{change}", *words)
+
+
+def test_data_may_be_a_data_set_itself(place: Path) -> None:
+    from limbeck import build, recipe
+
+    lab = build.lab(recipe.read(place / "small.toml", ["data='theirs:SPLITS'"]))
+    assert len(lab.splits.train) == 20
+
+
+# --- what does not fit the data or the stage ---
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stages.1.accumulate=700", ["In stage 1: ", "600 rows", "700 micro-batches", "`accumulate`"]),
+        ("models.teacher.normalise=[[0, 0, 0], 1]", ["`normalise` of model 'teacher'", "has 1 channel;"]),
+        ("models.student.taps={ stage9 = 'stages.9' }", ["'stage9' does not exist in the model 'student'"]),
+        ("models.student.widths=[]", ["widths []", "at least one width"]),
+        ("stages.0.view={ name = 'noise', sd = -1 }", ["In stage 0: ", "standard deviation -1", ">= 0"]),
+        ("stages.0.augment='rotations'", ["In stage 0: ", "`augment` makes label 39 of 10 classes"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    change: str, words: list[str], refuse: Refuse
+) -> None:
+    refuse(f"run|small.toml|--set|{change}", *words)
+
+
+def test_a_model_may_be_made_for_what_its_view_shows_it(place: Path) -> None:
+    from limbeck import build, recipe
+
+    (place / "theirs.py").write_text(
+        THEIRS + "\n\ndef colour(batch):\n    return batch.replace(x=batch.x.expand(-1, 3, -1, -1))\n"
+    )
+    teacher = "models.teacher={ name = 'cnn', channels = 3, normalise = [[0, 0, 0], [1, 1, 1]], "
+    plan = [f"{teacher} view = 'theirs:colour' }}", "stages.0.view='theirs:colour'"]
+    build.rehearse(recipe.read(place / "small.toml", plan))
 
 
 # --- data ---

@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from limbeck import answers, recipe
@@ -16,7 +17,7 @@ from limbeck.board import Board, Cell, holm, paired, read, verdict
 from limbeck.core.batch import Batch
 from limbeck.core.refused import Refused
 from limbeck.recipe import Recipe
-from limbeck.run import Moment, Stopped
+from limbeck.run import Moment, Run, Stopped
 
 KD = {"terms": [{"method": "kd", "temperature": 2}]}
 HINT = {"terms": [{"method": "fitnet", "tap": "stage1"}]}
@@ -88,6 +89,17 @@ def test_the_control_is_plain_training_of_the_first_learner(name: str, tmp_path:
     assert control.optim == {name: one for name, one in taught.optim.items() if name == "student"}
 
 
+@pytest.mark.parametrize("weight", [0.1, 0])
+def test_the_control_learns_the_task_in_full(weight: float, tmp_path: Path) -> None:
+    """However little the task counts beside what is taught."""
+    stages = whole().model_dump(mode="json", by_alias=True)["stages"]
+    stages[-1] |= {"task_weight": weight, **KD}
+    board = Board(whole(stages=stages), {"as written": {}}, [0], tmp_path)
+    assert board.plans["control"].stages[-1].task_weight == 1
+    assert board.plans["as written"].stages[-1].task_weight == weight
+    assert board.plans["control"] == Board(whole(), {}, [0], tmp_path).plans["control"]
+
+
 def test_an_arm_that_changes_nothing_is_the_control_bit_for_bit(board: Board) -> None:
     for seed in board.seeds:
         for same in ("nothing", "kd of weight 0"):
@@ -112,8 +124,6 @@ def test_the_teacher_learns_once_a_seed_and_all_arms_learn_from_it(tmp_path: Pat
 
 
 def test_the_shared_teacher_is_the_one_the_whole_recipe_would_train(board: Board, tmp_path: Path) -> None:
-    from limbeck.run import Run
-
     plan = whole(stages=[whole().stages[0].model_dump(), whole().stages[1].model_dump() | KD])
     run = Run(plan, tmp_path / "run", seed=4)
     for _ in run.moments():
@@ -326,7 +336,7 @@ def test_a_stopped_board_computes_only_what_is_missing(after: int, tmp_path: Pat
     moments = first.moments()
     done = [next(moments) for _ in range(after)]
     first.stop()
-    with pytest.raises(Stopped, match=r"the same `limbeck board` goes on"):
+    with pytest.raises(Stopped, match=r"the same command goes on"):
         done += moments  # the batch that is under way is still done
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "b").rglob("result.json")}
     again = compute(fresh())
@@ -351,9 +361,75 @@ def test_another_seed_or_arm_is_added_to_a_finished_board(tmp_path: Path) -> Non
 
 
 def test_the_folder_of_another_board_is_refused_with_what_differs(board: Board) -> None:
-    other = Board(whole(), {"kd": {"terms": [{"method": "kd", "temperature": 3}]}}, [0], board.folder)
+    """At once: before a fresh arm, or the first of its seeds, has been computed for nothing."""
+    before = sorted(board.folder.rglob("*"))
+    other = {"new": HINT, "kd": {"terms": [{"method": "kd", "temperature": 3}]}}
     with pytest.raises(Refused, match=r"terms.0.temperature is 2 there and 3 here"):
-        compute(other)
+        Board(whole(), other, [7, 4], board.folder)
+    assert sorted(board.folder.rglob("*")) == before
+
+
+def test_a_board_is_not_extended_under_weights_that_have_changed(tmp_path: Path, board: Board) -> None:
+    file = tmp_path / "teacher.safetensors"
+    weights = load_file(board.folder / "shared" / "0" / "teacher.safetensors")
+    save_file(weights, file)
+    models = {
+        "teacher": {"name": "cnn", "widths": [6], "weights": str(file)},
+        "student": {"name": "cnn", "widths": [3]},
+    }
+    alone = whole(models=models, stages=[{"learner": "student", "epochs": 1, "batch": 1000}])
+    compute(Board(alone, {"kd": KD}, [0], tmp_path / "b"))
+    save_file({name: 2 * value for name, value in weights.items()}, file)
+    with pytest.raises(Refused, match=r"control.*the weights of 'teacher' have changed since"):
+        Board(alone, {"kd": KD, "hint": HINT}, [0, 1], tmp_path / "b")
+
+
+def test_a_run_and_a_board_have_folders_of_their_own(tmp_path: Path, board: Board) -> None:
+    with pytest.raises(Refused, match=r"control.0 holds a run, and a board has a folder of its own"):
+        Board(whole(), {"kd": KD}, [0], cell(board, "control", 0))
+    with pytest.raises(Refused, match=r"tiny holds a board, .* choose another folder"):
+        Run(whole(), board.folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match=r"file is a file, expected a folder"):
+        Board(whole(), {"kd": KD}, [0], tmp_path / "file")
+
+
+# --- damage ---
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("result.json", "{}", r"result.json .*lacks shipped, scores"),
+        ("result.json", None, r"holds no finished run"),
+        ("metrics.jsonl", '{"stage": 1, "lo', r"metrics.jsonl cannot be read"),
+        ("metrics.jsonl", "[]", r"metrics.jsonl cannot be read"),
+        ("metrics.jsonl", "", r"metrics.jsonl tells of 0 epochs, expected the 1 "),
+        ("metrics.jsonl", None, r"metrics.jsonl cannot be read"),
+        ("run.json", "{}", r"run.json .*lacks environment"),
+        ("diverged.json", "{}", r"diverged.json .*lacks why"),
+    ],
+)
+def test_a_damaged_cell_is_refused_in_a_sentence(
+    name: str, text: str | None, words: str, tmp_path: Path, board: Board
+) -> None:
+    folder = shutil.copytree(board.folder, tmp_path / "b")
+    copy = Board(whole(), {"kd": KD}, [0, 4], folder)
+    file = cell(copy, "kd", 4) / name
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(Refused, match=words) as refusal:
+        copy.result()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ['{"wall": ', "{}", "3"])
+def test_a_damaged_cost_is_not_told(text: str, tmp_path: Path, board: Board) -> None:
+    folder = shutil.copytree(board.folder, tmp_path / "b")
+    (folder / "cost.json").write_text(text)
+    copy = Board(whole(), {"kd": KD}, [0], folder)
+    assert copy.result()["cost"] is None
+    compute(copy)
+    assert copy.result()["cost"]["wall"] >= 0
 
 
 # --- what is refused, and then nothing is written ---
@@ -372,6 +448,13 @@ def test_the_folder_of_another_board_is_refused_with_what_differs(board: Board) 
         ({"odd": {"epochs": 0}}, [0], "arm 'odd'.*epochs is 0"),
         ({"kd": KD}, [1, 2, 1], r"seeds \[1, 2, 1\] repeat"),
         ({"control": KD}, [0], "control"),
+        ({"": KD}, [0], "An arm is called ''"),
+        ({"big": {"learner": "teacher"}}, [0], "In arm 'big': 'teacher' learns first .*begin .*'student'"),
+        (
+            {"two": {"learner": ["teacher", "student"], "scheme": "online"}},
+            [0],
+            "In arm 'two': 'teacher' learns first",
+        ),
     ],
 )
 def test_an_arm_that_does_not_fit_is_refused_by_name(

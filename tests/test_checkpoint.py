@@ -616,8 +616,18 @@ def test_arrays_that_cannot_be_weights(tmp_path: Path, trouble: str) -> None:
         path.write_bytes(path.read_bytes()[:-30])
     if trouble == "text":
         path.write_text("no archive")
-    with refused(path, "unreadable contents", ".npz of plain arrays", "numpy.savez"):
+    found = "an array of Python objects" if trouble == "objects" else "contents that are no zip archive"
+    with refused(path, found, ".npz of plain arrays", "numpy.savez"):
         load_weights(path)
+
+
+def test_numpys_advice_to_unpickle_is_not_passed_on(tmp_path: Path) -> None:
+    path = tmp_path / "w.npz"
+    for write in (lambda: path.write_bytes(b"\x80garbage"), lambda: np.savez(path, w=np.array([{}]))):
+        write()
+        with pytest.raises(Refused) as caught:
+            load_weights(path)
+        assert "allow_pickle" not in str(caught.value)
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:

@@ -199,6 +199,30 @@ def test_show_tells_who_learns_what_in_a_recipe(cli: Cli, place: Path) -> None:
     assert "stage 1 (student): L = 1 · task(classify) + 1 · kd(teacher, temperature=4)\n" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet56", ["Deep Residual Learning", "  widths: "]),
+        ("noise", ["Mean Teacher", "  sd: float = 0.15"]),
+        ("digits", ["Handwritten digits"]),
+        ("retrieve", ["triplet loss"]),
+        ("online", ["Deep Mutual Learning", "  in_turn: bool = False"]),
+    ],
+)
+def test_show_tells_about_anything_with_a_name(name: str, words: list[str], cli: Cli) -> None:
+    code, out, err = cli("show", name)
+    assert (code, err) == (0, "") and all(word in out for word in words)
+    filled_in = ("  classes", "  channels", "  batch", "  cast", "  margin")
+    assert not any(line.startswith(filled_in) for line in out.partition("Knobs:")[2].splitlines())
+
+
+@pytest.mark.parametrize("kind", ["lens", "data", "model", "view"])
+def test_list_takes_the_plural(kind: str, cli: Cli) -> None:
+    plural = f"{kind}es" if kind == "lens" else f"{kind}s"
+    assert cli("list", plural) == cli("list", kind)
+    assert cli("list", kind)[1].splitlines() == list(registry.names(kind))
+
+
 def test_schema_is_printed_or_written(cli: Cli, place: Path) -> None:
     code, out, _ = cli("schema")
     assert code == 0 and "stages" in json.loads(out)["properties"]
@@ -275,6 +299,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_batch(
     assert (place / "runs" / "small" / "student.safetensors").read_bytes() == shipped
 
 
+def test_methods_that_name_nothing_are_refused(cli: Cli, place: Path) -> None:
+    code, _, err = cli("board", "small.toml", "--methods", " ,")
+    assert code == 2 and one_sentence(err) and "names no method" in err
+    assert not (place / "runs").exists()
+
+
 def test_a_stopped_board_says_to_start_it_again_and_then_ends(
     cli: Cli, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +312,7 @@ def test_a_stopped_board_says_to_start_it_again_and_then_ends(
     monkeypatch.setenv("PRESS", "SIGINT:7")  # after the rehearsals of both arms and some batches
     code, _, err = cli(*board)
     assert code == 130
-    assert one_sentence(err) and "limbeck board" in err
+    assert one_sentence(err) and "the same command goes on" in err
     assert not (place / "runs" / "small" / "board.json").exists()
 
     monkeypatch.setenv("PRESS", "")

@@ -261,6 +261,8 @@ def refuse(change: str | Callable[[dict[str, Any]], Any], *words: str) -> None:
         ("models.teacher.width=[3]", ["unknown key `width` at models.teacher", "`widths`?"]),
         ("models.slow.dekay=0.5", ["unknown key `dekay` at models.slow", "`decay`?"]),
         ("stages.1.learner.form='student'", ["unknown key `form` at stages.1.learner", "`from`?"]),
+        ("stages.0.augment=[{ name='crop', batch=3 }]", ["unknown key `batch`", "it has no knobs."]),
+        ("stages.0.scheme={ name='online', cast=3 }", ["unknown key `cast`", "its knobs are in_turn."]),
     ],
 )
 def test_an_unknown_key_is_refused_with_its_place_and_the_nearest(change: str, words: list[str]) -> None:
@@ -298,7 +300,17 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_nearest(change: str, w
             "models.teacher.precision='int8'",
             ["models.teacher.precision is 'int8'", "'bfloat16' or 'float16'"],
         ),
-        ("stages=[]", ["stages is []", "expected"]),
+        ("stages=[]", ["stages is []: expected at least 1 entry."]),
+        ("stages.1.terms=[3]", ["stages.1.terms.0 is 3: expected a name or a table."]),
+        ("stages.0.optim=3", ["stages.0.optim is 3: expected a table."]),
+        ("models.teacher.widths=3", ["models.teacher.widths is 3: expected a list."]),
+        ("models.teacher.normalise=[1]", ["normalise is [1]: expected at least 2 entries."]),
+        ("models.teacher.weights=''", ["models.teacher.weights is '': expected some text."]),
+        (
+            "stages.0.optim.student.milestones=[150, 180]",
+            ["milestones is [150, 180]: expected shares of the stage", "not epochs"],
+        ),
+        ("stages.0.optim.student.milestones=[1]", ["milestones is [1]: expected shares of the stage"]),
         ("seed=1979-05-27", ["seed is datetime.date(1979, 5, 27)", "expected a valid integer"]),
         (
             "stages.1.terms.0.temperature=1979-05-27",
@@ -310,6 +322,30 @@ def test_a_wrong_type_or_value_is_refused_with_its_field_and_what_was_found(
     change: str, words: list[str]
 ) -> None:
     refuse(change, *words)
+
+
+@pytest.mark.parametrize(("change", "word"), [("seeds=[1]", "seed"), ("stages.0.learnr='a'", "learner")])
+def test_the_word_meant_is_one_of_the_place(change: str, word: str) -> None:
+    refuse(change, f"(did you mean `{word}`?)")
+
+
+def test_the_word_meant_is_never_the_word_found(tmp_path: Path) -> None:
+    """A word of another place, where it would be right, is no advice here."""
+    from limbeck import board
+
+    (tmp_path / "b.toml").write_text('recipe = "r.toml"\nseed = [1]\narms = {}')
+    with pytest.raises(Refused, match=r"unknown key `seed` \(did you mean `seeds`\?\)"):
+        board.read(tmp_path / "b.toml", (), (), None)
+    refuse("stages.0.seed=1", "unknown key `seed` at stages.0 (did you mean `scheme`?)")
+
+
+def test_a_method_may_be_its_name_alone(whole: Recipe) -> None:
+    spelled, short = ["stages.1.terms=[{ method = 'kd' }]"], ["stages.1.terms=['kd']"]
+    assert parse(apply(content(), short)) == parse(apply(content(), spelled)) != whole
+
+
+def test_a_recipe_without_models_says_so() -> None:
+    refuse(lambda c: c.update(models={}), "'teacher', which is no model of this recipe; it has none.")
 
 
 @pytest.mark.parametrize("key", ["data", "models", "stages"])
@@ -390,7 +426,7 @@ def test_a_knob_that_has_no_default_must_be_given(tmp_path: Path, monkeypatch: p
 def test_a_file_that_is_not_there_or_not_toml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"There is no file .*nowhere.toml"):
         read(tmp_path / "nowhere.toml")
-    with pytest.raises(Refused, match="cannot be read"):
+    with pytest.raises(Refused, match="is a folder; give the path of a recipe"):
         read(tmp_path)
     for name, text in {"a.toml": b"data = digits", "b.toml": b"{}"}.items():
         (tmp_path / name).write_bytes(text)

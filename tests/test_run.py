@@ -1,12 +1,13 @@
 """A run ends where it would have ended, however often it was stopped on the way."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from limbeck import recipe
@@ -123,6 +124,14 @@ def test_what_ships_is_the_trained_student_and_loads_into_a_plain_model(whole: R
         assert torch.equal(logits, trained.eval()(x))
     right = 100 * int((logits.argmax(1) == y).sum()) / len(y)
     assert whole.result is not None and whole.result["scores"]["test.accuracy"] == right
+
+
+def test_every_stage_leaves_the_weights_that_it_trained(whole: Run) -> None:
+    taught = load_file(whole.folder / "teacher.safetensors")
+    assert same(taught, whole.lab.models["teacher"].state_dict())
+    about = json.loads((whole.folder / "teacher.json").read_text())["about"]
+    assert whole.result is not None
+    assert about["scores"] == whole.result["stages"][0]["scores"] and about["learner"] == "teacher"
 
 
 def test_its_result_is_of_what_ships(whole: Run) -> None:
@@ -364,7 +373,7 @@ def test_another_recipes_checkpoint_is_refused(tmp_path: Path, whole: Run) -> No
         (1, {"labels": 5000}, "budget of 5000 .*1257"),
         (1, {"labels": 0, "rows": "labelled"}, "0 inputs"),
         (0, {"optim": {"critic": {}}}, "In stage 0: `optim.critic` names no player; the players are student"),
-        (0, {"learner": "slow"}, "'slow' is a teacher made of other models"),
+        (0, {"learner": "slow"}, "'slow' is a teacher without a network"),
         (0, {"accumulate": 2, "terms": [{"method": "rkd", "teacher": "student"}]}, "'rkd' compares the rows"),
     ],
 )
@@ -384,7 +393,7 @@ def test_when_a_stage_does_not_fit_nothing_is_written(
     [
         (STUDENT | {"weights": "nowhere.safetensors"}, "nowhere.safetensors.*cannot be read"),
         (STUDENT | {"depth": 0}, "student"),
-        (STUDENT | {"channels": 3}, "student.*3 channels"),
+        (STUDENT | {"channels": 3}, "student.*channels = 3"),
         (STUDENT | {"classes": 7}, r"label 9, and the model's head has 7 outputs"),
     ],
 )
@@ -415,6 +424,33 @@ def test_weights_begin_where_a_file_says_and_are_refused_when_they_do_not_fit(
         Run(plan(models=models, stages=stages), tmp_path / "no")
 
 
+def test_a_run_knows_its_weights_by_what_is_in_them(tmp_path: Path, whole: Run) -> None:
+    """The recipe says only where they are: what another training left there is another run."""
+    file = tmp_path / "teacher.safetensors"
+    models = {"teacher": TEACHER | {"weights": str(file)}, "student": STUDENT}
+    stages = [{"learner": "student", "epochs": 1, "batch": 300, "terms": [{"method": "kd"}]}]
+    own = plan(models=models, stages=stages)
+    file.write_bytes((whole.folder / "teacher.safetensors").read_bytes())
+    first = Run(own, tmp_path / "run")
+    stop(first, 1)
+    file.rename(tmp_path / "moved")
+    file.write_bytes((tmp_path / "moved").read_bytes())  # another file of the same bytes
+    assert Run(own, tmp_path / "run").fingerprint == first.fingerprint
+    weights = load_file(file)
+    weights["head.bias"] += 1
+    save_file(weights, file)
+    before = files(tmp_path / "run")
+    for begin in (lambda: Run(own, tmp_path / "run"), lambda: resume(tmp_path / "run")):
+        with pytest.raises(Refused, match=r"run of this recipe, and the weights of 'teacher' have changed"):
+            begin()
+    assert files(tmp_path / "run") == before
+
+
+def test_without_files_the_recipe_and_the_seed_are_all_that_a_run_is_known_by(whole: Run) -> None:
+    """So folders from before files were noted still belong to their runs."""
+    assert whole.fingerprint == whole.plan.fingerprint
+
+
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"holds no run \(it has no run.json\)"):
         resume(tmp_path)
@@ -427,6 +463,44 @@ def test_a_run_json_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
         with pytest.raises(Refused, match=r"run.json"):
             begin()
     assert (tmp_path / "run.json").read_text() == text
+
+
+def damaged(whole: Run, place: Path, name: str, text: str) -> Path:
+    """A copy of the finished run, one of its files as `text`."""
+    folder = shutil.copytree(whole.folder, place / "run")
+    (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{}", "lacks shipped, scores"), ('{"scores": ', "cannot be read"), ("[]", "lacks shipped")],
+)
+def test_a_damaged_result_is_refused(text: str, words: str, tmp_path: Path, whole: Run) -> None:
+    folder = damaged(whole, tmp_path, "result.json", text)
+    with pytest.raises(Refused, match=rf"result.json .*{words}.*restore it from a copy") as refusal:
+        finish(resume(folder))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    file = tmp_path / "base.toml"
+    file.write_text("x = 1")
+    for begin in (
+        lambda: Run(plan(), file),
+        lambda: Run(plan(), file / "deep" / "er"),
+        lambda: resume(file),
+    ):
+        with pytest.raises(Refused, match=r"base.toml is a file, expected a folder .* choose another"):
+            begin()
+    assert file.read_text() == "x = 1"
+
+
+@pytest.mark.parametrize("name", ["cells", "shared"])
+def test_a_run_has_no_place_in_a_boards_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "b" / name).mkdir(parents=True)
+    with pytest.raises(Refused, match=r"b holds a board, .* choose another folder"):
+        Run(plan(), tmp_path / "b")
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

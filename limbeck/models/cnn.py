@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from limbeck.core.refused import Refused
+
 
 class CNN(nn.Module):
     """Args: classes and channels of the data; widths, one per stage; depth, convolutions a stage.
@@ -21,6 +23,11 @@ class CNN(nn.Module):
         self, classes: int, channels: int = 1, widths: Sequence[int] = (8, 16, 32), depth: int = 1
     ) -> None:
         super().__init__()
+        if not widths or min(*widths, depth) < 1:
+            raise Refused(
+                f"A CNN of widths {list(widths)} and depth {depth} was asked for, expected at least one "
+                "width, and numbers of 1 or more; try widths = [8, 16, 32]."
+            )
         inputs = (channels, *widths[:-1])
         self.stages = nn.ModuleList(
             _stage(a, b, depth, stride=1 if n == 0 else 2)

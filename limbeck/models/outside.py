@@ -5,6 +5,7 @@ They bring no table of taps; `choose.py` finds what it can.
 
 import copy
 import difflib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,10 +68,12 @@ def hf_model(name: str) -> Factory:
                 # What a configuration has no word for, from_pretrained leaves out.
                 shape = {"num_channels": channels} | ({} if size is None else {"image_size": size})
                 config = AutoConfig.from_pretrained(
-                    name, num_labels=classes, trust_remote_code=False, **shape
+                    name, num_labels=classes, trust_remote_code=False, local_files_only=_offline(), **shape
                 )
                 return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-            config = AutoConfig.from_pretrained(name, num_labels=classes, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                name, num_labels=classes, trust_remote_code=False, local_files_only=_offline()
+            )
             if getattr(config, "num_channels", channels) != channels:
                 raise Refused(
                     f"The model 'hf:{name}' was trained on images of {config.num_channels} channels, and "
@@ -83,6 +86,7 @@ def hf_model(name: str) -> Factory:
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # the head: all else is as the configuration says
                 trust_remote_code=False,
+                local_files_only=_offline(),
             )
             return model.train()  # as any new model
 
@@ -99,8 +103,8 @@ def factory(name: str, found: Any) -> Factory:
         return lambda: copy.deepcopy(found)
     if not callable(found):
         raise Refused(
-            f"The model '{name}' is a {type(found).__name__}, expected an nn.Module or a function that makes "
-            "one; name such an object."
+            f"The model '{name}' is of type {type(found).__name__}, expected an nn.Module or a function that "
+            "makes one; name such an object."
         )
     return found
 
@@ -124,7 +128,11 @@ def _download(name: str, repository: str | None) -> str:
         raise Refused(f"The model '{name}' has no published weights; leave out `pretrained`.")
     from huggingface_hub import hf_hub_download
 
-    return hf_hub_download(repository, "model.safetensors")
+    return hf_hub_download(repository, "model.safetensors", local_files_only=_offline())
+
+
+def _offline() -> bool:
+    return os.environ.get("LIMBECK_OFFLINE", "0") not in ("", "0")
 
 
 @contextmanager
@@ -135,7 +143,12 @@ def _said(name: str) -> Iterator[None]:
     except Refused:
         raise
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise Refused(f"The model '{name}' cannot be made: {_line(error)}") from error
+        fix = (
+            "LIMBECK_OFFLINE is set, so nothing was fetched: unset it, or bring the files beforehand"
+            if isinstance(error, OSError) and _offline()
+            else "check its name, its knobs and, where it is to be fetched, the network"
+        )
+        raise Refused(f"The model '{name}' cannot be made: {_line(error).rstrip('.')}; {fix}.") from error
 
 
 def _line(error: Exception) -> str:

@@ -11,6 +11,8 @@ from limbeck.core.refused import Refused
 def noise(batch: Batch, sd: float = 0.15, purpose: str = "noise") -> Batch:
     """x plus noise of standard deviation `sd`, in the units of x as models are shown it. Two models under one
     `purpose` see the same noise, under two they see different noise."""
+    if sd < 0:
+        raise Refused(f"Noise of standard deviation {sd} was asked for, expected a number >= 0; try 0.15.")
     if not isinstance(batch.x, Tensor) or not batch.x.is_floating_point():
         found = f"{batch.x.dtype}" if isinstance(batch.x, Tensor) else f"a {type(batch.x).__name__}"
         raise Refused(

@@ -117,7 +117,7 @@ def test_timm_is_asked_for_the_datas_classes_and_channels(monkeypatch: pytest.Mo
 
 def test_timms_published_weights_are_read_from_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = timm(monkeypatch, hub="timm/resnet18.a1")
-    module(monkeypatch, "huggingface_hub", hf_hub_download=lambda *where: "/".join(where))
+    module(monkeypatch, "huggingface_hub", hf_hub_download=lambda *where, local_files_only: "/".join(where))
     registry.find("model", "timm:resnet18")(classes=7, pretrained=True)
     overlay = {"file": "timm/resnet18.a1/model.safetensors", "custom_load": False}
     assert asked[0][1]["pretrained"] and asked[0][1]["pretrained_cfg_overlay"] == overlay
@@ -145,18 +145,27 @@ def test_a_name_that_timm_does_not_know_is_refused_with_the_near_ones(
 
 def test_what_timm_cannot_make_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     timm(monkeypatch)
-    with pytest.raises(Refused, match=r"'timm:vit_tiny' cannot be made: 31 is no multiple of 16$"):
+    with pytest.raises(Refused, match=r"'timm:vit_tiny' cannot be made: 31 is no multiple of 16; check its "):
         registry.find("model", "timm:vit_tiny")(classes=7, size=31)
 
 
 def test_no_network_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*where: str) -> str:
+    def download(*where: str, local_files_only: bool) -> str:
+        offline.append(local_files_only)
         raise FileNotFoundError("cannot reach the hub")
+
+    offline: list[bool] = []
 
     timm(monkeypatch, hub="timm/resnet18.a1")
     module(monkeypatch, "huggingface_hub", hf_hub_download=download)
-    with pytest.raises(Refused, match="'timm:resnet18' cannot be made: cannot reach the hub"):
-        registry.find("model", "timm:resnet18")(classes=7, pretrained=True)
+    failed = "'timm:resnet18' cannot be made: cannot reach the hub; "
+    make = registry.find("model", "timm:resnet18")
+    with pytest.raises(Refused, match=f"{failed}LIMBECK_OFFLINE is set"):
+        make(classes=7, pretrained=True)
+    monkeypatch.setenv("LIMBECK_OFFLINE", "0")
+    with pytest.raises(Refused, match=f"{failed}check its name"):
+        make(classes=7, pretrained=True)
+    assert offline == [True, False]
 
 
 # --- Hugging Face ---
@@ -224,10 +233,12 @@ def test_transformers_is_asked_for_the_datas_shape_and_never_for_a_pickle_or_cod
     trained = make(classes=7, channels=3, size=32, pretrained=True)
     assert trained.training
     safe = {"trust_remote_code": False}
+    read = safe | {"local_files_only": True, "num_labels": 7}  # the tests are offline
     (_, new), (_, made), (_, published), (_, loaded) = asked
-    assert new == safe | {"num_labels": 7, "num_channels": 1, "image_size": 32} and made == safe
-    assert published == safe | {"num_labels": 7}, "its weights are for the shape that it was trained on"
+    assert new == read | {"num_channels": 1, "image_size": 32} and made == safe
+    assert published == read, "its weights are for the shape that it was trained on"
     assert loaded["use_safetensors"] is True and loaded["trust_remote_code"] is False
+    assert loaded["local_files_only"] is True
 
 
 def test_published_weights_for_other_channels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +332,7 @@ def test_a_function_and_a_class_are_factories_as_they_are(mine: str) -> None:
 
 
 def test_what_is_neither_is_refused(mine: str) -> None:
-    with pytest.raises(Refused, match=r"mine:NUMBER' is a int, expected an nn\.Module or a func"):
+    with pytest.raises(Refused, match=r"mine:NUMBER' is of type int, expected an nn\.Module or a func"):
         registry.find("model", f"{mine}:NUMBER")
 
 

@@ -13,6 +13,8 @@ matches come from the student's bank, its projection alone. $n$ is the number of
 $p$ average $1/n$ over the pairs of the first batch and stays. After each step a row $v$ of a bank moves to
 $0.5\, v + 0.5\, a$ and back to length 1.
 
+It teaches features by how samples relate, so the surveys count it now among the ones, now among the others.
+
 Weights: 0.8 is that of RepDistiller and mdistiller, on the pooled feature. The paper's best figures add KD
 with weight 1: that is a recipe with two terms.
 
@@ -73,7 +75,7 @@ class CRD(Method):
     card = Card(
         "arXiv:1910.10699",
         2020,
-        ("feature",),
+        ("feature", "relation"),
         taps=("pooled",),
         fidelity="code",
         needs=frozenset({"index"}),
