@@ -408,19 +408,12 @@ def _files(plan: recipe.Recipe) -> dict[str, str]:
 
 def _sha256(name: str, path: Path) -> str:
     try:
-        about = path.stat()
-        return _digest(path.resolve(), about.st_mtime_ns, about.st_size)
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise Refused(
             f"Model '{name}': {path} cannot be read ({error.strerror}); correct the path in models.{name}."
         ) from None
-
-
-@cache
-def _digest(path: Path, changed: int, size: int) -> str:
-    """A board begins many runs with the same file: it is read once for as long as it stays as it is."""
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def _first_stages(plan: recipe.Recipe, after: Path) -> list[recipe.Stage]:
