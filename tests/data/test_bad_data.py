@@ -84,7 +84,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ('data="brought_bad:colour"', ["the test data has shape (3, 8, 8), expected (1, 8, 8)"]),
         ('data="brought_bad:shuffled"', ["The training data shuffles"]),
         ('data="brought_bad:nothing"', ["There is no training data"]),
-        ("models.student.channels=3", ["'student'", "channels = 3", "have channels = 1", "leave `channels` out"]),
+        ("models.student.channels=3", ["'student'", "channels = 3, and", "have channels = 1"]),
     ],
 )
 def test_it_is_refused_before_the_first_step(
