@@ -157,6 +157,7 @@ class Board:
             seed=cell.seed,
             device=self.device,
             after=self.cell_folder(None, cell.seed) if builds else None,
+            rehearsed=True,  # all arms were, before the first
         )
 
     def _plan(self, cell: Cell) -> recipe.Recipe:
@@ -204,7 +205,7 @@ class Board:
         """The finished board as plain data; also written to `board.json`."""
         metric = f"test.{registry.find('task', self.whole.task).headline}"
         rows, control = [], None
-        for name, plan in self._ended.items():
+        for name, plan in self.ended.items():
             folders = [self.cell_folder(name, seed) for seed in self.seeds]
             results = [self._finished(folder) for folder in folders]
             scores = [r["scores"][metric] for r in results]
@@ -229,11 +230,9 @@ class Board:
                     ],
                 }
             )
-        content = self.whole.model_dump(mode="json", by_alias=True)
-        data = content["data"]
         board = {
             "title": self.title,
-            "data": data["name"] if isinstance(data, dict) else data,
+            "data": self.whole.data.name,
             "metric": metric,
             "seeds": self.seeds,
             "control": CONTROL,
@@ -241,7 +240,7 @@ class Board:
             "diverged": self._lost(),
             "teachers": self._teachers(metric),
             "answers": self._answers(metric.replace("test", "valid", 1)),
-            "recipe": content,
+            "recipe": self.whole.model_dump(mode="json", by_alias=True),
             "environment": self._environments(),
             "cost": self._cost(),
         }
@@ -249,7 +248,7 @@ class Board:
         return board
 
     @property
-    def _ended(self) -> dict[str, recipe.Recipe]:
+    def ended(self) -> dict[str, recipe.Recipe]:
         """The arms that came to an end under every seed. The mean of those seeds that survived would flatter
         the others."""
         return {name: plan for name, plan in self.plans.items() if not self._whys(name)}
@@ -316,7 +315,8 @@ class Board:
     def _answers(self, metric: str) -> dict[str, Any] | None:
         """What the arms' answers say beyond their score; None where a cell kept none. `metric` chooses the
         arm whose samples are shown: on the validation split."""
-        learner = {name: plan.stages[-1].learns for name, plan in self._ended.items()}
+        ended = self.ended
+        learner = {name: plan.stages[-1].learns for name, plan in ended.items()}
 
         def kept(arm: str | None, name: str) -> list[answers.Answers]:
             places = [answers.place(self.cell_folder(arm, seed), name) for seed in self.seeds]
@@ -334,16 +334,16 @@ class Board:
         taught = kept(None, self._teacher) if self._teacher else []
         taught = taught if alike(control, taught) else []
         arms, best = {}, ("", -math.inf, control)
-        for name in self._ended:
+        for name, plan in ended.items():
             mine = kept(name, learner[name])
             if not alike(control, mine):
                 return None
             arms[name] = answers.told(mine, control, taught)
             folders = (self.cell_folder(name, seed) for seed in self.seeds)
             chosen_on = statistics.fmean(self._finished(folder)["scores"][metric] for folder in folders)
-            if name != CONTROL and self._ended[name].stages[-1].terms and chosen_on > best[1]:
+            if name != CONTROL and plan.stages[-1].terms and chosen_on > best[1]:
                 best = (name, chosen_on, mine)
-        data = build.lab(self.whole, self.seeds[0], self.device).splits.test
+        data = build.splits(self.whole.data).test
         rows = {k: int((control[0].y == k).sum()) for k in range(control[0].z.shape[1])}
         return {
             "classes": [data.classes[k] if k < len(data.classes) else f"class {k}" for k in rows],

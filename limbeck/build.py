@@ -241,15 +241,15 @@ class Lab:
 def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
     """Load the data, make every network with weights fixed by (seed, name). Raises `Refused`."""
     seed = recipe.seed if seed is None else seed
-    splits = _splits(recipe.data)
+    data = splits(recipe.data)
     models = {
-        name: _network(name, spec, splits.train, seed).to(device)
+        name: _network(name, spec, data.train, seed).to(device)
         for name, spec in recipe.models.items()
         if isinstance(spec, Net)
     }
     with _theirs(f"The task '{recipe.task}'", "be set up"):
         task = registry.find("task", recipe.task)()
-    return Lab(recipe, seed, splits, task, models, torch.device(device))
+    return Lab(recipe, seed, data, task, models, torch.device(device))
 
 
 @contextmanager
@@ -263,7 +263,8 @@ def _theirs(who: str, what: str) -> Iterator[None]:
         raise Refused(f"{who} cannot {what}: {registry.in_a_line(error)}.") from error
 
 
-def _splits(data: Source) -> Splits:
+def splits(data: Source) -> Splits:
+    """The data set that a recipe names. Raises `Refused`."""
     return _load(data) if ":" in data.name else _ours(data.model_dump_json())
 
 
@@ -277,10 +278,10 @@ def _load(data: Source) -> Splits:
     load, knobs = registry.find("data", data.name), data.knobs
     own = data.valid is not None and "valid" in registry.knobs(load)
     with _theirs(f"The data '{data.name}'", "be loaded"):
-        splits = as_splits(load(**knobs, **({"valid": data.valid} if own else {})))
+        parts = as_splits(load(**knobs, **({"valid": data.valid} if own else {})))
     if data.valid is not None and not own:
-        splits = splits.with_validation(data.valid, data.name)
-    return splits if data.seen is None else keep_unseen(splits, data.seen)
+        parts = parts.with_validation(data.valid, data.name)
+    return parts if data.seen is None else keep_unseen(parts, data.seen)
 
 
 def rehearse(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> None:

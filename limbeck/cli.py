@@ -85,11 +85,8 @@ def distill(
     _print(f"The plan: {written} (run it again: limbeck board {written} --out {folder})")
     _print(f"It will take {doctor.of_board(plan, list(table.plans.values()), seeds, device)}.")
     _watch_board(table)
-    result = table.result()
-    page = report.write(table.folder, result)
-    _print(report.table(result))
     arm, seed, kept = distilling.ship(table)
-    _print(f"Report: {page}\nShipped: {kept} ({arm}, seed {seed}: the best on the validation split)")
+    _print(f"Shipped: {kept} ({arm}, seed {seed}: the best on the validation split)")
 
 
 @app.command()
@@ -121,7 +118,6 @@ def board(
 ) -> None:
     """Compare methods with an honest control, over seeds; write a table and a report."""
     from limbeck import board as boards
-    from limbeck import report
     from limbeck.core.refused import Refused
 
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip()) if methods else ()
@@ -132,10 +128,6 @@ def board(
         whole, arms, given, out or Path("runs") / source.stem, title=title, device=_device(device)
     )
     _watch_board(table)
-    result = table.result()
-    page = report.write(table.folder, result)
-    _print(report.table(result))
-    _print(f"Report: {page}")
 
 
 @app.command("list")
@@ -342,6 +334,9 @@ def _go(work: "Run") -> None:
 
 
 def _watch_board(table: "Board") -> None:
+    """Run every cell, then print the table and say where the report is."""
+    from limbeck import report
+
     with _progress() as bar, _stoppable(table):
         line = bar.add_task("", total=float(len(table.cells())))
         for cell, moment in _until_stopped(table.moments()):
@@ -352,6 +347,10 @@ def _watch_board(table: "Board") -> None:
                 scores = _scores(table.scores(cell)) or f"diverged ({table.diverged(cell)})"
                 done = f"[{cell.number + 1}/{cell.cells}] {name}, seed {cell.seed}: {scores}"
                 bar.console.print(done, markup=False, highlight=False, soft_wrap=True)
+    result = table.result()
+    page = report.write(table.folder, result)
+    _print(report.table(result))
+    _print(f"Report: {page}")
 
 
 class _stoppable:

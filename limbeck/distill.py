@@ -69,12 +69,12 @@ def called(teacher: str, student: str, data: str) -> tuple[str, str, str]:
 
 def ship(board: Board) -> tuple[str, int, Path]:
     """Hand back the plain small network, as `student.safetensors` in the board's folder: of the arm that did
-    best on the validation split over all seeds, the control included, its best seed there. Returns arm, seed
-    and file."""
+    best on the validation split over all seeds, the control included and without those that diverged, its
+    best seed there. Returns arm, seed and file."""
     metric = f"valid.{registry.find('task', board.whole.task).headline}"
     scores: dict[str, dict[int, float]] = {}
     for cell in board.cells():
-        if cell.arm is not None:
+        if cell.arm in board.ended:
             scores.setdefault(cell.arm, {})[cell.seed] = board.scores(cell)[metric]
     arm = max(scores, key=lambda name: sum(scores[name].values()))
     seed = max(scores[arm], key=lambda one: scores[arm][one])

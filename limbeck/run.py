@@ -61,6 +61,7 @@ class Run:
         after: the folder of a finished run of this recipe's first stages under the same seed; they are taken
             from there.
         every: seconds between checkpoints; 0 saves after every batch.
+        rehearsed: somebody has assembled every stage already, so that is not tried again.
 
     Raises `Refused` when the recipe does not fit its models and data, or the folder belongs to another run;
     nothing is written then.
@@ -75,6 +76,7 @@ class Run:
         device: str = "cpu",
         after: Path | None = None,
         every: float = 60.0,
+        rehearsed: bool = False,
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise Refused(
@@ -86,7 +88,7 @@ class Run:
         self._started = begun(folder, plan, self.seed)
         self.fingerprint = _fingerprint(plan, self.seed)
         self._stop = False
-        if self._started is None:
+        if self._started is None and not rehearsed:
             build.rehearse(plan, self.seed, device)
         self.lab = build.lab(plan, self.seed, device)
         for n, stage in enumerate(plan.stages):

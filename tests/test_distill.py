@@ -91,7 +91,8 @@ def test_what_is_not_there(names: tuple[str, str, str], sentence: str) -> None:
 
 def test_what_ships_did_best_on_the_validation_split(teacher: Path, tmp_path: Path) -> None:
     plan = distill.plan(str(teacher), "cnn", "digits", epochs=1, batch=256, labels=50)
-    arms = {"kd": {"terms": [distill.KD]}, "idle": {"terms": [], "labels": 10}}
+    wild = {"terms": [{**distill.KD, "weight": 1e30}], "optim": {"student": {"lr": 1e9}}}
+    arms = {"kd": {"terms": [distill.KD]}, "idle": {"terms": [], "labels": 10}, "wild": wild}
     whole = board.Board(plan, arms, [0, 1], tmp_path / "board")
     for _ in whole.moments():
         pass
@@ -103,6 +104,7 @@ def test_what_ships_did_best_on_the_validation_split(teacher: Path, tmp_path: Pa
         for seed in (0, 1)
     }
     arm, seed, file = distill.ship(whole)
+    assert "wild" not in whole.ended  # it diverged, and has no score to ship by
     sums = {name: valid[name, 0] + valid[name, 1] for name in ("control", "kd", "idle")}
     assert sums[arm] == max(sums.values()) and valid[arm, seed] == max(valid[arm, 0], valid[arm, 1])
     there = checkpoint.load_weights(whole.cell_folder(arm, seed) / "student.safetensors")
