@@ -1,8 +1,8 @@
 """The fair board: arms that differ in nothing but what is said, over seeds, against an honest control.
 
-Arms share data, label budget, initial weights and order of batches; whatever comes before the last stage
-(training the teacher) is done once a seed and used by all. Every cell is a run of its own, so a stopped board
-goes on where it was.
+Arms share data, label budget, initial weights and order of batches; whatever comes before the stage that
+they change (training the teacher) is done once a seed and used by all. Every cell is a run of its own, so a
+stopped board goes on where it was.
 """
 
 import json
@@ -18,7 +18,7 @@ from urllib.parse import quote
 from pydantic import Field
 from scipy import stats
 
-from limbeck import answers, build, checkpoint, recipe, registry
+from limbeck import answers, build, checkpoint, recipe
 from limbeck import run as runs
 from limbeck.core.refused import Refused
 from limbeck.data.loader import Loader
@@ -29,10 +29,14 @@ CONTROL = "control"
 
 
 class Arms(recipe.Strict):
-    """A board as data: a recipe, seeds, and for each arm what its last stage does differently, or the file
-    whose arms are taken. `control` (no terms) is always there."""
+    """A board as data: a recipe, seeds, and for each arm what one stage does differently (`skip = true`: it
+    is left out), or the file whose arms are taken. `control` (no terms) is always there.
+
+    changes: which stage that is, by its number; the last if not said. What follows it is the same for all.
+    """
 
     recipe: str | dict[str, Any]
+    changes: int | None = Field(None, ge=0)
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     arms: dict[str, dict[str, Any]] | str
     title: str = ""
@@ -59,10 +63,17 @@ class Board:
         seeds: list[int],
         folder: Path,
         *,
+        changes: int | None = None,
         title: str = "",
         device: str = "cpu",
     ) -> None:
         self.folder, self.seeds, self.device = folder, seeds, device
+        self.begin = len(whole.stages) - 1 if changes is None else changes
+        if self.begin >= len(whole.stages):
+            raise Refused(
+                f"`changes` says that the arms change stage {changes}, and the recipe has stages 0 to "
+                f"{len(whole.stages) - 1}."
+            )
         self.title = title or folder.name
         if CONTROL in arms:
             raise Refused(
@@ -71,14 +82,15 @@ class Board:
             )
         if "" in arms:
             raise Refused("An arm is called '', and its cells need a folder; give it a name.")
-        self.changes = {CONTROL: _alone(whole.stages[-1]), **arms}
-        self.plans = {name: _arm(whole, name, changes) for name, changes in self.changes.items()}
+        self.changes = {CONTROL: _alone(whole.stages[self.begin]), **arms}
+        self.plans = {name: _arm(whole, self.begin, name, said) for name, said in self.changes.items()}
         if len(set(seeds)) < len(seeds):
             raise Refused(f"The seeds {seeds} repeat; give each once.")
-        if not registry.find("task", whole.task).headline:
+        self.headline = build.headline(whole, whole.stages[-1])
+        if not self.headline:
             raise Refused(
-                f"A board compares scores, and the task '{whole.task}' has none; choose a task that scores, "
-                "or run the recipe alone: limbeck run."
+                f"A board compares scores, and the task '{whole.task_in(whole.stages[-1]).name}' has none; "
+                "choose a task that scores, or run the recipe alone: limbeck run."
             )
         self.whole = whole
         self._refuse_others()
@@ -104,7 +116,7 @@ class Board:
             self._run.stop()
 
     def cells(self) -> list[Cell]:
-        arms: list[str | None] = [None] if len(self.whole.stages) > 1 else []
+        arms: list[str | None] = [None] if self.begin else []
         arms += list(self.plans)
         every = [(seed, arm) for seed in self.seeds for arm in arms]
         return [Cell(arm, seed, n, len(every)) for n, (seed, arm) in enumerate(every)]
@@ -150,7 +162,7 @@ class Board:
         checkpoint.write_atomic(path, json.dumps({"why": str(error)}).encode())
 
     def _cell_run(self, cell: Cell) -> Run:
-        builds = cell.arm is not None and len(self.whole.stages) > 1
+        builds = cell.arm is not None and self.begin
         return Run(
             self._plan(cell),
             self.cell_folder(cell.arm, cell.seed),
@@ -162,7 +174,7 @@ class Board:
 
     def _plan(self, cell: Cell) -> recipe.Recipe:
         if cell.arm is None:
-            return self.whole.model_copy(update={"stages": self.whole.stages[:-1]})
+            return self.whole.model_copy(update={"stages": self.whole.stages[: self.begin]})
         return self.plans[cell.arm]
 
     def cell_folder(self, arm: str | None, seed: int) -> Path:
@@ -196,6 +208,7 @@ class Board:
             "title": self.title,
             "seeds": self.seeds,
             "control": CONTROL,
+            "begin": self.begin,
             "recipe": self.whole.model_dump(mode="json", by_alias=True),
             "arms": [{"name": name, "changes": dict(changes)} for name, changes in self.changes.items()],
             "diverged": [],
@@ -203,7 +216,7 @@ class Board:
 
     def result(self) -> dict[str, Any]:
         """The finished board as plain data; also written to `board.json`."""
-        metric = f"test.{registry.find('task', self.whole.task).headline}"
+        metric = f"test.{self.headline}"
         rows, control = [], None
         for name, plan in self.ended.items():
             folders = [self.cell_folder(name, seed) for seed in self.seeds]
@@ -222,11 +235,13 @@ class Board:
                     "difference": None if name == CONTROL else paired(scores, control),
                     "last": _at("last", results, metric),
                     "best": _at("best", results, metric),
-                    "seconds": statistics.fmean(r["seconds"] for r in results),
+                    "seconds": statistics.fmean(_seconds(r, self.begin) for r in results),
                     "parameters": results[0]["parameters"],
+                    "stages": self._stages(plan, results),
                     "curves": [
-                        _curve(folder, len(plan.stages) - 1, result)
+                        _curve(folder, self.begin, result)
                         for folder, result in zip(folders, results, strict=True)
+                        if not self._skips(plan)
                     ],
                 }
             )
@@ -236,6 +251,8 @@ class Board:
             "metric": metric,
             "seeds": self.seeds,
             "control": CONTROL,
+            "begin": self.begin,
+            "curve": build.headline(self.whole, self.whole.stages[self.begin]),
             "arms": rows,
             "diverged": self._lost(),
             "teachers": self._teachers(metric),
@@ -288,6 +305,8 @@ class Board:
     def _teacher(self) -> str | None:
         """The one that everybody's answers are compared with: the first that teaches an arm and stays as it
         is. Running means and peers move while they teach, and a store knows what it was asked."""
+        if self.begin < len(self.whole.stages) - 1:
+            return None  # it teaches something else than what is scored in the end
         for plan in self.plans.values():
             stage = plan.stages[-1]
             for name in (name for use in stage.terms for name in use.teachers):
@@ -307,7 +326,7 @@ class Board:
         path = answers.place(self.cell_folder(None, cell.seed), name)
         if path.exists() or all(name not in use.teachers for use in terms):
             return
-        teacher, task = run.lab.teacher(name), answers.Kept(run.lab.task)
+        teacher, task = run.lab.teacher(name), answers.Kept(run.lab.tasks[-1])
         batches = Loader(run.lab.splits.test, 256, seed=cell.seed).once(256)
         task.score((teacher(batch), batch) for batch in (one.to(run.lab.device) for one in batches))
         answers.write(path, task.answers(), {"learner": name, "seed": cell.seed})
@@ -341,7 +360,7 @@ class Board:
             arms[name] = answers.told(mine, control, taught)
             folders = (self.cell_folder(name, seed) for seed in self.seeds)
             chosen_on = statistics.fmean(self._finished(folder)["scores"][metric] for folder in folders)
-            if name != CONTROL and plan.stages[-1].terms and chosen_on > best[1]:
+            if name != CONTROL and self._terms(plan) and chosen_on > best[1]:
                 best = (name, chosen_on, mine)
         data = build.splits(self.whole.data).test
         rows = {k: int((control[0].y == k).sum()) for k in range(control[0].z.shape[1])}
@@ -355,13 +374,30 @@ class Board:
             "samples": answers.samples(best[2], control, taught, data) if best[0] else None,
         }
 
+    def _terms(self, plan: recipe.Recipe) -> list[recipe.Use]:
+        """What teaches in the stage that arms change; nothing in an arm that leaves it out."""
+        return [] if self._skips(plan) else plan.stages[self.begin].terms
+
+    def _skips(self, plan: recipe.Recipe) -> bool:
+        return len(plan.stages) < len(self.whole.stages)
+
+    def _stages(self, plan: recipe.Recipe, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """How each stage from the one that arms change to the one before the last ended."""
+        rows = []
+        for number, stage in enumerate(plan.stages[self.begin : -1], self.begin):
+            if headline := build.headline(plan, stage):
+                scores = [result["stages"][number]["scores"][f"test.{headline}"] for result in results]
+                row = {"name": stage.learns, "metric": f"test.{headline}", "scores": scores}
+                rows.append({**row, "mean": statistics.fmean(scores), "sd": _sd(scores)})
+        return rows
+
     def _teachers(self, metric: str) -> list[dict[str, Any]]:
         """What the arms learned from, where the stages before theirs trained it."""
-        taught = {t for plan in self.plans.values() for use in plan.stages[-1].terms for t in use.teachers}
+        taught = {t for plan in self.plans.values() for use in self._terms(plan) for t in use.teachers}
         results = [self._finished(self.cell_folder(CONTROL, seed)) for seed in self.seeds]
         rows = []
-        for stage, plan in enumerate(self.whole.stages[:-1]):
-            if plan.learns in taught:
+        for stage, plan in enumerate(self.whole.stages[: self.begin]):
+            if plan.learns in taught and build.headline(self.whole, plan) == self.headline:
                 finals = [result["stages"][stage] for result in results]
                 scores = [final["scores"][metric] for final in finals]
                 row = {"name": plan.learns, "scores": scores, "parameters": finals[0]["parameters"]}
@@ -371,10 +407,11 @@ class Board:
 
 def read(
     path: Path, changes: tuple[str, ...] = (), methods: tuple[str, ...] = (), seeds: int | None = None
-) -> tuple[recipe.Recipe, dict[str, dict[str, Any]], list[int], str]:
+) -> tuple[recipe.Recipe, dict[str, dict[str, Any]], list[int], dict[str, Any]]:
     """A board from a board file, or from a recipe and the names of methods to put in place of its last
-    stage's: with their default weight and knobs, unless the board has an arm of that name."""
-    content = recipe.read_toml(path)
+    stage's: with their default weight and knobs, unless the board has an arm of that name. Last, `Board`'s
+    keywords `title` and `changes`."""
+    content, begin = recipe.read_toml(path), None
     if "arms" in content:
         arms: Arms = recipe.checked(Arms, content, str(path))
         whole = (
@@ -382,14 +419,15 @@ def read(
             if isinstance(arms.recipe, str)
             else recipe.parse(recipe.apply(arms.recipe, changes), str(path))
         )
-        chosen, title, given = _listed(arms.arms, path), arms.title, arms.seeds
+        chosen, title, given, begin = _listed(arms.arms, path), arms.title, arms.seeds, arms.changes
     else:
         whole = recipe.read(path, changes)
         last = whole.stages[-1].terms
         chosen, title, given = {"as written": {}} if last and not methods else {}, "", [0, 1, 2]
     if methods:
         chosen = {name: chosen.get(name, {"terms": [{"method": name}]}) for name in methods}
-    return whole, chosen, given if seeds is None else list(range(seeds)), title
+    how = {"title": title, "changes": begin}
+    return whole, chosen, given if seeds is None else list(range(seeds)), how
 
 
 def _listed(arms: dict[str, dict[str, Any]] | str, board: Path) -> dict[str, dict[str, Any]]:
@@ -473,11 +511,14 @@ def _alone(stage: recipe.Stage) -> dict[str, Any]:
     return changes
 
 
-def _arm(whole: recipe.Recipe, name: str, changes: Mapping[str, Any]) -> recipe.Recipe:
+def _arm(whole: recipe.Recipe, begin: int, name: str, changes: Mapping[str, Any]) -> recipe.Recipe:
     content = whole.model_dump(mode="json", by_alias=True)
-    content["stages"][-1] = {**content["stages"][-1], **changes}
+    if changes == {"skip": True} and begin < len(whole.stages) - 1:
+        del content["stages"][begin]
+        return recipe.parse(content, f"arm '{name}'")
+    content["stages"][begin] = {**content["stages"][begin], **changes}
     arm = recipe.parse(content, f"arm '{name}'")
-    mine, theirs = arm.stages[-1].learns, whole.stages[-1].learns
+    mine, theirs = arm.stages[begin].learns, whole.stages[begin].learns
     if mine != theirs:
         raise Refused(
             f"In arm '{name}': '{mine}' learns first and ships, and in the control '{theirs}' does, so their "
@@ -487,9 +528,14 @@ def _arm(whole: recipe.Recipe, name: str, changes: Mapping[str, Any]) -> recipe.
     return arm
 
 
+def _seconds(result: Mapping[str, Any], begin: int) -> float:
+    """Training of the stage that arms change and what follows it."""
+    return sum(final["seconds"] for final in result["stages"][begin:])
+
+
 def _curve(folder: Path, stage: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     noted = runs.records(folder, stage)
-    epochs = result["last"]["epoch"] + 1
+    epochs = result["stages"][stage]["last"]["epoch"] + 1
     if len(noted) != epochs:
         raise Refused(
             f"{folder / 'metrics.jsonl'} tells of {len(noted)} epochs, expected the {epochs} of the run; "

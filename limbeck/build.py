@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from limbeck import checkpoint, registry
 from limbeck.core.batch import IGNORE, Batch, View
 from limbeck.core.cast import Cast
 from limbeck.core.distiller import ClassesDiffer
-from limbeck.core.keyed import forked
+from limbeck.core.keyed import forked, generator
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Lens, Ramp, Scheme, Term
 from limbeck.core.taps import Tapped
@@ -33,19 +33,23 @@ from limbeck.data.stored import Stored
 from limbeck.data.unseen import keep_unseen
 from limbeck.engine import Engine, Pace
 from limbeck.models.choose import choose
+from limbeck.models.hints import paired, unasked
 from limbeck.recipe import Kept, Made, Mean, Named, Net, Optim, Recipe, Source, Stage, Use
 
 
 @dataclass(frozen=True)
 class Lab:
-    """A recipe's data, task and models, ready to be put together stage by stage."""
+    """A recipe's data, the task of each stage and the models, ready to be put together stage by stage."""
 
     recipe: Recipe
     seed: int
     splits: Splits
-    task: Task
+    tasks: list[Task]
     models: dict[str, nn.Module]
     device: torch.device
+    rehearsal: bool = False
+    hints: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The teacher's taps that clustering chose, by stage and term: `1.0` is stage 1's first term."""
 
     def engine(self, number: int) -> Engine:
         """Assemble a stage: the learner and its teachers as they are now."""
@@ -65,7 +69,7 @@ class Lab:
             raise Refused(f"In stage {number}: {error}") from error.__cause__
 
     def _engine(self, number: int, stage: Stage) -> Engine:
-        learners = self.learners(stage)
+        learners, task = self.learners(stage), self.tasks[number]
         loader = self.loader(stage)
         looks = {name: spec.taps for name, spec in self.recipe.models.items() if isinstance(spec, Net)}
         example, view = self._example(loader, stage), _view(stage.view)
@@ -88,8 +92,11 @@ class Lab:
         cast = Cast(
             learners,
             example,
-            [_term(use, tuple(asked[name] for name in use.teachers)) for use in stage.terms],
-            self.task if stage.task_weight and self.task.headline else None,  # the task `none` has no loss
+            [
+                self._hinted(f"{number}.{k}", use, _term(use, tuple(asked[name] for name in use.teachers)))
+                for k, use in enumerate(stage.terms)
+            ],
+            task if stage.task_weight and task.headline else None,  # the task `none` has no loss
             stage.task_weight,
             view,
             looks,
@@ -108,7 +115,8 @@ class Lab:
             scheme.mean = mean
         steps = stage.epochs * loader.steps
         paces = {
-            player: _pace(stage, player, parameters, steps) for player, parameters in scheme.players().items()
+            player: _pace(stage, player, parameters, steps, learners)
+            for player, parameters in scheme.players().items()
         }
         unknown = set(stage.optim) - {*paces, "student"}  # the student's is everybody's who has none
         if unknown:
@@ -126,6 +134,32 @@ class Lab:
             device=self.device,
             stage=number,
         )
+
+    def _hinted(self, place: str, use: Use, term: Term) -> Term:
+        """A term with its teacher's taps chosen, where the recipe leaves that to clustering: once."""
+        if use.pairs != "cluster" or use.weight == 0:
+            return term
+        if len(term.teachers) > 1 or not isinstance(term.teachers[0], Frozen):
+            raise Refused(
+                f"The layers of {' and '.join(use.teachers)} cannot be clustered for method '{use.method}': "
+                "that takes one network, which is done learning; name such a teacher, or its taps in `pairs`."
+            )
+        if place not in self.hints:
+            alone, names = self.teacher(use.teachers[0]), term.method.teacher_looks()
+            assert isinstance(alone, Frozen)
+            with _theirs(f"The layers of '{use.teachers[0]}'", f"be clustered for method '{use.method}'"):
+                if self.rehearsal:
+                    self.hints[place] = unasked(alone, next(self.images()), names, len(self.splits.train))
+                else:
+                    self.hints[place] = paired(alone, self.images(), names)
+        return replace(term, pairs=self.hints[place])
+
+    def images(self) -> Iterator[Batch]:
+        """The training images as they are, without labels, in an order that is every run's."""
+        data = self.splits.train
+        loader = Loader(replace(data, y=torch.full_like(data.y, IGNORE)), 64, seed=0)
+        for index in torch.randperm(len(data), generator=generator("images")).split(64):
+            yield loader.rows(index, loader.lesson(0, 0)).to(self.device)
 
     def _example(self, loader: Loader, stage: Stage) -> Batch:
         """The first batch, once it is known that every batch can be used."""
@@ -209,6 +243,10 @@ class Lab:
             self.models[made.name] = origin.to(self.device)
         return {name: self.model(name) for name in stage.learners}
 
+    def test_view(self, name: str) -> View | None:
+        """What makes a further condition of the test split."""
+        return _view(self.recipe.tests[name])
+
     def model(self, name: str) -> nn.Module:
         if name not in self.models:
             raise Refused(
@@ -247,9 +285,14 @@ def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
         for name, spec in recipe.models.items()
         if isinstance(spec, Net)
     }
-    with _theirs(f"The task '{recipe.task}'", "be set up"):
-        task = registry.find("task", recipe.task)()
-    return Lab(recipe, seed, data, task, models, torch.device(device))
+    tasks = [_task(recipe.task_in(stage)) for stage in recipe.stages]
+    return Lab(recipe, seed, data, tasks, models, torch.device(device))
+
+
+def _task(spec: Named) -> Task:
+    with _theirs(f"The task '{spec.name}'", "be set up"):
+        made: Task = registry.find("task", spec.name)(**spec.knobs)
+    return made
 
 
 @contextmanager
@@ -284,12 +327,20 @@ def _load(data: Source) -> Splits:
     return parts if data.seen is None else keep_unseen(parts, data.seen)
 
 
+def headline(recipe: Recipe, stage: Stage) -> str:
+    """The score of a stage's task that is compared; empty where nothing is scored."""
+    return str(registry.find("task", recipe.task_in(stage).name).headline)
+
+
 def rehearse(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> None:
     """Assemble every stage once with untrained networks, so that what does not fit in the last is said before
     the first step."""
-    trial = lab(recipe, seed, device)
+    trial = replace(lab(recipe, seed, device), rehearsal=True)
     for number in range(len(recipe.stages)):
         trial.engine(number)
+    few = Loader(trial.splits.test, 2, seed=trial.seed).at(0)
+    for views in recipe.tests.values():
+        _shown(views, few)
 
 
 def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:
@@ -360,17 +411,18 @@ def _term(use: Use, teachers: tuple[Teacher, ...]) -> Term:
         teachers,
         weight=use.weight,
         ramp=None if use.ramp is None else Ramp(**use.ramp.model_dump()),
+        pairs={} if use.pairs == "cluster" else use.pairs,
         view=_view(use.view),
         through=tuple(_lens(lens) for lens in use.through),
         name=use.method if ":" not in use.method else "",
     )
 
 
-def _lens(name: str) -> Lens:
+def _lens(spec: Named) -> Lens:
     """A lens is a function; one that learns is a class of modules."""
-    found = registry.find("lens", name)
-    with _theirs(f"The lens '{name}'", "be made"):
-        return found() if isinstance(found, type) else found
+    found = registry.find("lens", spec.name)
+    with _theirs(f"The lens '{spec.name}'", "be made"):
+        return found(**spec.knobs) if isinstance(found, type) else partial(found, **spec.knobs)
 
 
 def _shown(chosen: list[Named], batch: Batch) -> Batch:
@@ -405,27 +457,68 @@ def _through(steps: list[View], batch: Batch) -> Batch:
     return batch
 
 
-def _pace(stage: Stage, player: str, parameters: Any, steps: int) -> Pace:
+def _pace(stage: Stage, player: str, parameters: Any, steps: int, learners: Mapping[str, nn.Module]) -> Pace:
     spec = stage.optim.get(player) or stage.optim.get("student") or Optim()
-    values = list(parameters.values())
-    if not values:
+    if not parameters:
         raise Refused(
             f"Player '{player}' has no parameter that learns; unfreeze something, or leave the stage out."
         )
+    groups = _groups(spec, player, parameters, learners)
     optimiser: torch.optim.Optimizer
     if spec.name == "sgd":
-        optimiser = torch.optim.SGD(
-            values,
-            spec.lr,
-            spec.momentum,
-            weight_decay=spec.weight_decay,
-            nesterov=spec.nesterov and spec.momentum > 0,
-        )
+        nesterov = spec.nesterov and spec.momentum > 0
+        optimiser = torch.optim.SGD(groups, spec.lr, spec.momentum, nesterov=nesterov)
     else:
-        optimiser = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name](
-            values, spec.lr, weight_decay=spec.weight_decay
-        )
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name]
+        optimiser = kind(groups, spec.lr, (spec.betas[0], spec.betas[1]))
     return Pace(optimiser, _course(spec, steps))
+
+
+def _groups(
+    spec: Optim, player: str, parameters: Mapping[str, nn.Parameter], learners: Mapping[str, nn.Module]
+) -> list[dict[str, Any]]:
+    """A player's parameters, those together that have one learning rate and one weight decay."""
+    share: dict[int, float] = {}
+    if spec.layer_decay < 1:
+        mine = {id(parameter) for parameter in parameters.values()}
+        for name, network in learners.items():
+            if any(id(parameter) in mine for parameter in network.parameters()):
+                share |= _fallen(spec.layer_decay, name, network)
+        if not share:
+            raise Refused(
+                f"`layer_decay` is for the layers of a network, and player '{player}' is none; leave it out."
+            )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        # An attention's biases have an axis for its heads.
+        vector = parameter.ndim < 2 or "bias" in name.rpartition(".")[2]
+        decay = 0.0 if vector and not spec.decay_vectors else spec.weight_decay
+        groups.setdefault((spec.lr * share.get(id(parameter), 1.0), decay), []).append(parameter)
+    return [{"params": some, "lr": lr, "weight_decay": decay} for (lr, decay), some in groups.items()]
+
+
+def _fallen(decay: float, called: str, network: nn.Module) -> dict[int, float]:
+    """For each parameter (by id) its share of the learning rate: 1 in the last block and the head, `decay`
+    in the block before, and so on. What lies before the first block counts as the first, and what leads from
+    one to the next as the former, as in TinyViT's code."""
+    stages = getattr(network, "stages", None)
+    if not stages:
+        raise Refused(
+            f"`layer_decay` needs the order of a network's blocks, and '{called}' "
+            f"({type(network).__name__}) does not tell; leave it out, or give the network `stages`, its "
+            "parts from input to output."
+        )
+    blocks: list[nn.Module] = []
+    for stage in stages:
+        parts = list(stage.children()) if isinstance(stage, nn.Sequential) else []
+        made_of_blocks = bool(parts) and all(any(part.children()) for part in parts)
+        blocks += parts if made_of_blocks else [stage]
+    place = {id(p): n for n, block in enumerate(blocks) for p in block.parameters()}
+    share, at = {}, 0
+    for parameter in network.parameters():
+        at = place.get(id(parameter), at)
+        share[id(parameter)] = decay ** (len(blocks) - 1 - at)
+    return share
 
 
 def _course(spec: Optim, steps: int) -> Callable[[int], float]:
@@ -437,7 +530,8 @@ def _course(spec: Optim, steps: int) -> Callable[[int], float]:
         risen = min((step + 1) / rise, 1.0)
         match spec.schedule:
             case "cosine":
-                return risen * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                fallen = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+                return risen * (spec.floor + (1 - spec.floor) * fallen)
             case "steps":
                 return risen * spec.gamma ** sum(step >= mark for mark in marks)
         return risen

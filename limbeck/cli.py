@@ -123,10 +123,8 @@ def board(
     chosen = tuple(m.strip() for m in methods.split(",") if m.strip()) if methods else ()
     if methods is not None and not chosen:
         raise Refused(f"`--methods {methods}` names no method; give some, for example --methods kd,rkd.")
-    whole, arms, given, title = boards.read(source, tuple(set_ or ()), chosen, seeds)
-    table = boards.Board(
-        whole, arms, given, out or Path("runs") / source.stem, title=title, device=_device(device)
-    )
+    whole, arms, given, how = boards.read(source, tuple(set_ or ()), chosen, seeds)
+    table = boards.Board(whole, arms, given, out or Path("runs") / source.stem, device=_device(device), **how)
     _watch_board(table)
 
 
@@ -186,6 +184,47 @@ def show(
     known = {} if kind in ("lens", "task") else registry.knobs(factory)
     lines += ["Knobs:", *([f"  {knob}" for name, knob in known.items() if name not in filled] or ["  none"])]
     _print("\n".join(lines))
+
+
+@app.command()
+def hints(
+    teacher: Annotated[
+        str, typer.Argument(help="Weights limbeck wrote, NAME=WEIGHTS, or a recipe (.toml) that names weights.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A data set's name, or a folder of images, ROOT/CLASS/IMAGE (default: the recipe's)."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="The network's name in the recipe.")] = "teacher",
+    count: Annotated[int, typer.Option(help="How many layers are chosen: one for each tap of the student.")] = 3,
+    metric: Annotated[str, typer.Option(help="r2_cca, cka or cka_rbf.")] = "r2_cca",
+    centre: Annotated[bool, typer.Option(help="Of r2_cca; the paper's code does not.")] = True,
+    update: Annotated[str, typer.Option(help="A cluster's centre: paper (by place) or medoid.")] = "paper",
+    samples: Annotated[int, typer.Option(min=1, help="How many training images are looked at.")] = 10_000,
+    out: Annotated[Path, typer.Option(help="The folder to write in.")] = Path("runs/hints"),
+    device: Device = "cpu",
+) -> None:
+    """Which of a teacher's layers give hints: clustered by how alike they are, with a picture."""
+    from limbeck import hints as clustered
+
+    found = clustered.find(
+        teacher,
+        data,
+        called=name,
+        count=count,
+        metric=metric,
+        centre=centre,
+        update=update,
+        samples=samples,
+        device=_device(device),
+    )
+    path = clustered.write(out, found, f"Layers of {teacher} by {metric}")
+    _print(clustered.table(found))
+    if not found.contiguous:
+        _print("A cluster is no run of neighbours, so its middle may lie elsewhere; try --update medoid.")
+    pairs = ", ".join(f'stage{n} = "{layer}"' for n, layer in enumerate(found.chosen, start=1))
+    _print(f"In a recipe: pairs = {{ {pairs} }}")
+    _print(f"Picture: {path}")
 
 
 @app.command()

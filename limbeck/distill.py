@@ -71,7 +71,7 @@ def ship(board: Board) -> tuple[str, int, Path]:
     """Hand back the plain small network, as `student.safetensors` in the board's folder: of the arm that did
     best on the validation split over all seeds, the control included and without those that diverged, its
     best seed there. Returns arm, seed and file."""
-    metric = f"valid.{registry.find('task', board.whole.task).headline}"
+    metric = f"valid.{board.headline}"
     scores: dict[str, dict[int, float]] = {}
     for cell in board.cells():
         if cell.arm in board.ended:

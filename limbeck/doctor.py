@@ -36,12 +36,15 @@ class Cost:
         )
 
 
-def of_board(whole: Recipe, plans: Sequence[Recipe], seeds: int, device: str = "cpu") -> Cost:
-    """What a board takes: the stages before the last once a seed, the last once an arm and seed."""
-    last = len(whole.stages) - 1
-    first = whole.model_copy(update={"stages": whole.stages[:-1]})
-    runs = [(first, 0)] if last else []
-    cells = [_run(plan, begin, device) for plan, begin in [*runs, *((plan, last) for plan in plans)]]
+def of_board(
+    whole: Recipe, plans: Sequence[Recipe], seeds: int, device: str = "cpu", begin: int | None = None
+) -> Cost:
+    """What a board takes: the stages before `begin` (the last, if not said) once a seed, the others once an
+    arm and seed."""
+    begin = len(whole.stages) - 1 if begin is None else begin
+    first = whole.model_copy(update={"stages": whole.stages[:begin]})
+    runs = [(first, 0)] if begin else []
+    cells = [_run(plan, start, device) for plan, start in [*runs, *((plan, begin) for plan in plans)]]
     # Everything is kept; while the largest cell is at work, its checkpoint is there twice.
     kept = seeds * sum(cell.kept for cell in cells)
     more = max(cell.working - cell.kept for cell in cells)
@@ -66,7 +69,7 @@ def _run(plan: Recipe, begin: int, device: str) -> _Cell:
         learners = {name: _bytes(net.state_dict()) for name, net in lab.learners(stage).items()}
         if number >= begin:
             took, state, ships, answers = _stage(lab, number)
-            best = ships if lab.task.headline else 0
+            best = ships if lab.tasks[number].headline else 0
             seconds += took
             working = max(working, written + 2 * (sum(trained.values()) + state + best))
             written += ships + answers
@@ -77,16 +80,16 @@ def _run(plan: Recipe, begin: int, device: str) -> _Cell:
 def _stage(lab: build.Lab, number: int) -> tuple[float, int, int, int]:
     """Seconds that a stage will take, and bytes of its state at work, of what it ships, and of its answers to
     the test split."""
-    stage, engine = lab.recipe.stages[number], lab.engine(number)
+    stage, task, engine = lab.recipe.stages[number], lab.tasks[number], lab.engine(number)
     lessons = engine.lessons()
     steps = stage.epochs * engine.loader.steps
     each = [_timed(lambda: next(lessons), lab.device) for _ in range(min(1 + STEPS, steps))]
     few = Loader(lab.splits.valid, 256, seed=0)
 
     def score() -> None:
-        evaluate(engine.scheme.ships(), lab.task, iter([few.at(0)]), device=lab.device)
+        evaluate(engine.scheme.ships(), task, iter([few.at(0)]), device=lab.device)
 
-    scored = (stage.epochs + 1) * len(lab.splits.valid) + len(lab.splits.test)
+    scored = (stage.epochs + 1) * len(lab.splits.valid) + (1 + len(lab.recipe.tests)) * len(lab.splits.test)
     seconds = steps * statistics.median(each[1:] or each) + scored / few.batch * _timed(score, lab.device)
     shipped = engine.scheme.ships()
     answers = len(lab.splits.test) * (2 * len(lab.splits.test.classes) + 8)  # half logits, and the label
@@ -94,7 +97,7 @@ def _stage(lab: build.Lab, number: int) -> tuple[float, int, int, int]:
         seconds,
         _bytes(engine.state_dict()),
         _bytes(shipped.state_dict()),
-        answers if lab.task.headline == "accuracy" else 0,
+        answers if task.headline == "accuracy" else 0,
     )
 
 

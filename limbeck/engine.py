@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core import across
-from limbeck.core.batch import IGNORE, Batch
+from limbeck.core.batch import IGNORE, Batch, View
 from limbeck.core.distiller import Distiller
 from limbeck.core.keyed import reseed
 from limbeck.core.refused import Refused
@@ -49,13 +49,14 @@ class Pace:
 
 @dataclass
 class Record:
-    """What an epoch gave: mean losses by name (each times its weight), scores on the validation split,
-    seconds of training."""
+    """What an epoch gave: mean losses by name (each times its weight), what methods found worth watching in
+    its last batch, scores on the validation split, seconds of training."""
 
     stage: int
     epoch: int
     steps: int
     losses: dict[str, float]
+    figures: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -244,7 +245,8 @@ class Engine:
             for name, total in named.items():
                 key = name if name not in losses else f"{player}.{name}"
                 losses[key] = float(total) / self.loader.steps
-        record = Record(self.stage, epoch, self.step, losses, seconds=self.seconds)
+        figures = self.scheme.figures()
+        record = Record(self.stage, epoch, self.step, losses, figures, seconds=self.seconds)
         self.sums, self.seconds = {}, 0.0
         return record
 
@@ -297,21 +299,25 @@ def evaluate(
     batches: Iterator[Batch],
     *,
     taps: Mapping[str, str] | None = None,
+    view: View | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Scores of a model in eval, without gradient; its modes are put back as they were."""
+    """Scores of a model in eval, without gradient; its modes are put back as they were. `view` is what it is
+    shown instead of the batches."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        return task.score(_answers(Tapped(model, taps), batches, torch.device(device)))
+        return task.score(_answers(Tapped(model, taps), batches, view, torch.device(device)))
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-def _answers(tapped: Tapped, batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Seen, Batch]]:
+def _answers(
+    tapped: Tapped, batches: Iterator[Batch], view: View | None, device: torch.device
+) -> Iterator[tuple[Seen, Batch]]:
     for batch in batches:
-        here = batch.to(device)
+        here = batch.to(device) if view is None else view(batch.to(device))
         with torch.no_grad():
             seen = tapped(here.x)
         yield seen, here

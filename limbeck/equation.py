@@ -11,6 +11,7 @@ FILLED_IN: dict[str, tuple[str, ...]] = {
     "model": ("classes", "channels", "size"),
     "view": ("batch",),
     "scheme": ("cast",),
+    "lens": ("s", "t"),
 }
 """Parameters that a recipe need not give, or cannot: the house fills them in."""
 
@@ -24,8 +25,9 @@ def told(recipe: Recipe) -> str:
         data.append(f"of which the first {recipe.data.seen} classes are seen")
     models = [f"{name} = {_model(spec)}" for name, spec in recipe.models.items()]
     stages = [line for n in range(len(recipe.stages)) for line in stage(recipe, n)]
-    head = [f"data {', '.join(data)}; task {recipe.task}; seed {recipe.seed}"]
-    return "\n".join([*head, *models, "", *stages])
+    head = [f"data {', '.join(data)}; task {_given(recipe.task)}; seed {recipe.seed}"]
+    tests = [f"tested too as {name}: {_views(views)}" for name, views in recipe.tests.items()]
+    return "\n".join([*head, *tests, *models, "", *stages])
 
 
 def stage(recipe: Recipe, number: int) -> list[str]:
@@ -49,7 +51,7 @@ def stage(recipe: Recipe, number: int) -> list[str]:
 
 
 def _loss(recipe: Recipe, it: Stage, learner: str | None) -> str:
-    terms = [f"{it.task_weight:g} · task({recipe.task})"] if it.task_weight else []
+    terms = [f"{it.task_weight:g} · task({_given(recipe.task_in(it))})"] if it.task_weight else []
     for use in it.terms:
         teachers = [name for name in use.teachers if name != learner]
         if use.weight and teachers:
@@ -62,8 +64,12 @@ def _inside(use: Use, teachers: Sequence[str]) -> list[str]:
     who = teachers[0] if len(teachers) == 1 else f"mean over {' and '.join(teachers)}"
     knobs = _settings(registry.find("method", use.method), use.knobs)
     view = [f"student shown {_views(use.view)}"] if use.view else []
-    through = [f"through {' and '.join(use.through)}"] if use.through else []
-    return [who, *knobs, *view, *through]
+    lenses = [_called("lens", lens) for lens in use.through]
+    through = [f"through {' and '.join(lenses)}"] if lenses else []
+    named = {} if use.pairs == "cluster" else use.pairs
+    pairs = [f"{name} = the teacher's {tap}" for name, tap in named.items()]
+    pairs += ["the teacher's taps by clustering"] if use.pairs == "cluster" else []
+    return [who, *knobs, *pairs, *view, *through]
 
 
 def _ramp(ramp: Growth) -> str:
@@ -107,14 +113,18 @@ def _steps(it: Stage) -> list[str]:
 
 def _optim(spec: Optim) -> str:
     momentum = f", momentum {spec.momentum:g}{' (Nesterov)' if spec.nesterov and spec.momentum else ''}"
+    betas = f", betas {' and '.join(f'{beta:g}' for beta in spec.betas)}" if spec.betas != Optim().betas else ""
     course = f"{spec.schedule} schedule"
     if spec.schedule == "steps":
         course = f"times {spec.gamma:g} at {', '.join(f'{m:g}' for m in spec.milestones)} of the stage"
+    elif spec.schedule == "cosine" and spec.floor:
+        course += f" down to {spec.floor:g} of it"
     if spec.warmup:
-        course += f" after a warm-up over {spec.warmup:g} of it"
+        course += f" after a warm-up over {spec.warmup:g} of the stage"
+    lower = f", times {spec.layer_decay:g} a block down from the head" if spec.layer_decay < 1 else ""
     return (
-        f"{spec.name}, learning rate {spec.lr:g}{momentum if spec.name == 'sgd' else ''}, "
-        f"weight decay {spec.weight_decay:g}, {course}"
+        f"{spec.name}, learning rate {spec.lr:g}{lower}{momentum if spec.name == 'sgd' else betas}, "
+        f"weight decay {spec.weight_decay:g}{'' if spec.decay_vectors else ' but of biases and norms'}, {course}"
     )
 
 
@@ -143,8 +153,13 @@ def _views(chosen: Sequence[Named]) -> str:
 def _called(kind: str, spec: Named) -> str:
     """`name(knob=value, …)` with the defaults; what is filled in stands there only if it was given."""
     if kind == "data" and ":" in spec.name:  # may be a data set itself, which has no signature
-        return spec.name + _listed([f"{name}={_value(value)}" for name, value in spec.knobs.items()])
+        return _given(spec)
     return spec.name + _knobs(registry.find(kind, spec.name), spec.knobs, FILLED_IN[kind])
+
+
+def _given(spec: Named) -> str:
+    """`name(knob=value, …)` with the knobs that were given."""
+    return spec.name + _listed([f"{name}={_value(value)}" for name, value in spec.knobs.items()])
 
 
 def _knobs(factory: Any, given: Mapping[str, Any], hidden: Sequence[str] = ()) -> str:

@@ -56,8 +56,14 @@ def _in_order(value: Any) -> Any:
     return [_named(one) for one in value] if isinstance(value, list) else [_named(value)]
 
 
+Called = Annotated[Named, BeforeValidator(_named)]
+"""A name, or a table with its knobs."""
+
 Views = Annotated[list[Named], BeforeValidator(_in_order)]
 """Views one after the other: a name, a table with the view's knobs, or a list of these."""
+
+Lenses = Annotated[list[Named], BeforeValidator(_in_order)]
+"""Lenses one after the other, as views are said."""
 
 
 class Source(Named):
@@ -140,12 +146,20 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Pairs = Annotated[
+    Annotated[dict[str, str], Tag("<named>")] | Annotated[Literal["cluster"], Tag("<word>")],
+    Discriminator(lambda value: "<word>" if isinstance(value, str) else "<named>"),
+]
+"""The teacher's taps by the names that a method has for them; or `cluster`, which chooses them."""
+
+
 class Use(Open):
     """A method in use; further keys are its knobs.
 
     method: its name, or `package.module:Class`. teacher: one name or several, then their mean is taken.
-    weight: of the term in the loss. ramp: how the weight grows. view: what the student is shown for this
-        term.
+    weight: of the term in the loss. ramp: how the weight grows. pairs: for a name by which the method looks
+        at the teacher, the teacher's tap that is meant; `cluster`, which may also be said as `taps`, chooses
+        among the teacher's blocks. view: what the student is shown for this term.
     through: lenses, first to last.
     """
 
@@ -157,8 +171,19 @@ class Use(Open):
     )
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     ramp: Growth | None = None
+    pairs: Pairs = {}
     view: Views = []
-    through: list[str] = []
+    through: Lenses = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clustered(cls, value: Any) -> Any:
+        """`taps = "cluster"`: the method's own taps of the student, and the teacher's by clustering."""
+        if isinstance(value, dict) and value.get("taps") == "cluster":
+            if "pairs" in value:
+                raise ValueError("`taps = 'cluster'` chooses the taps that `pairs` names; say one of them")
+            value = {key: said for key, said in value.items() if key != "taps"} | {"pairs": "cluster"}
+        return value
 
 
 def _method(value: Any) -> Any:
@@ -182,21 +207,34 @@ def _shares(marks: list[float]) -> list[float]:
     return marks
 
 
+def _below_one(betas: list[float]) -> list[float]:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError("expected two numbers from 0 up to below 1, such as 0.9 and 0.999")
+    return betas
+
+
 class Optim(Strict):
     """An optimiser and the course of its learning rate over the stage.
 
-    lr: the highest learning rate. momentum: of sgd. nesterov: of sgd's momentum. schedule: the learning
-        rate's
-        course over the stage. milestones: shares of the stage at which `steps` multiplies it. gamma: by how
-        much. warmup: share of the stage in which it grows from 0.
+    lr: the highest learning rate. momentum: of sgd. nesterov: of sgd's momentum. betas: of adam and adamw.
+        weight_decay: of the parameters. decay_vectors: whether of biases, norms and other parameters of one
+        axis too. layer_decay: what the learning rate is multiplied by from a block of the network to the one
+        before it, from the head down.
+    schedule: the learning rate's course over the stage. floor: share of it that `cosine` ends at. milestones:
+        shares of the stage at which `steps` multiplies it. gamma: by how much. warmup: share of the stage in
+        which it grows from 0.
     """
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = Field(0.1, gt=0, allow_inf_nan=False)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
+    betas: Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_below_one)] = [0.9, 0.999]
     weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
+    decay_vectors: bool = True
+    layer_decay: float = Field(1.0, gt=0, le=1)
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    floor: float = Field(0.0, ge=0, lt=1)
     # Of the stage: epochs 150, 180, 210 of 240.
     milestones: Annotated[list[float], AfterValidator(_shares)] = [0.625, 0.75, 0.875]
     gamma: float = Field(0.1, gt=0, allow_inf_nan=False)
@@ -223,9 +261,9 @@ class Stage(Strict):
         now. epochs: passes over the rows. batch: rows a step. labels: how many rows keep theirs; all by
         default.
     rows: `labelled` leaves the others out. per_class: batches of whole classes, this many rows of each.
-    terms: what is taught beside the task. task_weight: of the ordinary loss. scheme: whose turn it is;
-        `offline`
-        by default. augment: views of the whole batch, which everybody sees. view: what only the learner sees.
+    terms: what is taught beside the task. task_weight: of the ordinary loss. task: where it is another than
+        the recipe's. scheme: whose turn it is; `offline` by default. augment: views of the whole batch, which
+        everybody sees. view: what only the learner sees.
     ships: the running mean (`mean_of`) of the learner that is taken in its place at the end.
     accumulate: micro-batches a step. clip: largest norm of a player's gradient. precision: of the forward, by
         autocast. compile: the lesson by `torch.compile`.
@@ -243,7 +281,8 @@ class Stage(Strict):
     per_class: int | None = Field(None, ge=1)
     terms: list[Annotated[Use, BeforeValidator(_method)]] = []
     task_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    scheme: Annotated[Named, BeforeValidator(_named)] = Named(name="offline")
+    task: Called | None = None
+    scheme: Called = Named(name="offline")
     augment: Views = []
     view: Views = []
     ships: str | None = None
@@ -290,15 +329,20 @@ class Recipe(Strict):
     """What is to be done, whole.
 
     data: where rows come from. task: the ordinary loss and score. seed: fixes whatever is random. models: by
-        the
-        names that stages use. stages: in order; who learned in one may teach in the next.
+        the names that stages use. stages: in order; who learned in one may teach in the next. tests: further
+        conditions that the test split is scored under, each a name and the views that make it.
     """
 
     data: Annotated[Source, BeforeValidator(_named)]
-    task: str = "classify"
+    task: Called = Named(name="classify")
     seed: int = 0
     models: dict[str, Model]
     stages: list[Stage] = Field(min_length=1)
+    tests: dict[str, Views] = {}
+
+    def task_in(self, stage: Stage) -> Named:
+        """What is done in one of its stages."""
+        return stage.task or self.task
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "Recipe":
@@ -330,6 +374,8 @@ class Recipe(Strict):
             for k, use in enumerate(stage.terms):
                 for teacher in use.teachers:
                     _known(f"stages.{n}.terms.{k}.teacher", teacher, known)
+        for name in self.tests.keys() & {"train", "valid", "test", "unseen"}:
+            raise Refused(f"tests.{name} would be taken for a part of the data; call it something else.")
         for name, model in self.models.items():
             for other in _made_of(model):
                 _known(f"models.{name}", other, [*self.models, *made])
@@ -443,9 +489,9 @@ def _check_knobs(recipe: Recipe) -> None:
 
     def views(where: str, chosen: Sequence[Named]) -> None:
         for view in chosen:
-            _fit_knobs(where, registry.find("view", view.name), view, ours="batch")
+            _fit_knobs(where, registry.find("view", view.name), view, ours=("batch",))
 
-    _fit_knobs("task", registry.find("task", recipe.task), Named(name=recipe.task))
+    _fit_knobs("task", registry.find("task", recipe.task.name), recipe.task)
     _fit_knobs("data", registry.find("data", recipe.data.name), recipe.data)
     for name, model in recipe.models.items():
         if isinstance(model, Net):
@@ -453,11 +499,15 @@ def _check_knobs(recipe: Recipe) -> None:
             _fit_knobs(f"models.{name}", factory, model, given=("classes", "channels", "size"))
         if isinstance(model, Net | Mean):
             views(f"models.{name}.view", model.view)
+    for name, chosen in recipe.tests.items():
+        views(f"tests.{name}", chosen)
     for n, stage in enumerate(recipe.stages):
         scheme = registry.find("scheme", stage.scheme.name)
         if isinstance(stage.learner, Made) and stage.learner.change != "copy":
             registry.find("model", stage.learner.change)
-        _fit_knobs(f"stages.{n}.scheme", scheme.staged, stage.scheme, ours="cast")
+        _fit_knobs(f"stages.{n}.scheme", scheme.staged, stage.scheme, ours=("cast",))
+        if stage.task is not None:
+            _fit_knobs(f"stages.{n}.task", registry.find("task", stage.task.name), stage.task)
         views(f"stages.{n}.augment", stage.augment)
         views(f"stages.{n}.view", stage.view)
         for k, use in enumerate(stage.terms):
@@ -465,7 +515,7 @@ def _check_knobs(recipe: Recipe) -> None:
             _refuse_own_teacher(where, recipe, stage, use, peers=getattr(scheme, "learners_teach", False))
             _fit_knobs(where, registry.find("method", use.method), use)
             for lens in use.through:
-                registry.find("lens", lens)
+                _fit_knobs(f"{where}.through", registry.find("lens", lens.name), lens, ours=("s", "t"))
             views(f"{where}.view", use.view)
 
 
@@ -478,11 +528,13 @@ def _refuse_own_teacher(where: str, recipe: Recipe, stage: Stage, use: Use, peer
         )
 
 
-def _fit_knobs(where: str, factory: Any, spec: Open, given: Sequence[str] = (), ours: str = "") -> None:
+def _fit_knobs(
+    where: str, factory: Any, spec: Open, given: Sequence[str] = (), ours: Sequence[str] = ()
+) -> None:
     """given: what the house fills in where the recipe does not. ours: what it alone can give."""
     from limbeck import registry
 
-    known = {name: knob for name, knob in registry.knobs(factory).items() if name != ours}
+    known = {name: knob for name, knob in registry.knobs(factory).items() if name not in ours}
     for knob, value in spec.knobs.items():
         if knob not in known:
             names = [*known, *type(spec).model_fields]

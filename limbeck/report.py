@@ -27,7 +27,7 @@ NONE = "–"
 COLOURS = {"helped": "green", "hurt": "red"}
 NOTE = (
     "difference: arm minus the control of the same seed. ±: standard deviation over seeds. p: paired "
-    "t-test, one per arm, not corrected for their number. sec: training of the last stage."
+    "t-test, one per arm, not corrected for their number. sec: training of the stage that arms change."
 )
 
 
@@ -46,7 +46,8 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
         other=_other(result),
         tests=_tests(rivals, metric),
         strip=_strip(result),
-        curves=_curves(result, metric),
+        curves=_curves(result),
+        conditions=_conditions(result),
         fair=_fair(result),
         classes=_classes(result),
         trust=_trust(result),
@@ -307,6 +308,44 @@ def _fair(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _conditions(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What else was scored: the same score on other parts of the data or under other views, and how each
+    earlier stage ended. A row an arm: mean and spread, and the difference to the control."""
+    headline = result["metric"].partition(".")[2]
+    found: dict[str, dict[str, list[float]]] = {}
+    for arm in result["arms"]:
+        for stage in arm["stages"]:
+            title = f"{stage['name']}: {stage['metric'].partition('.')[2]}"
+            found.setdefault(title, {})[arm["name"]] = stage["scores"]
+        for key in arm["all"][0]:
+            part, _, name = key.partition(".")
+            if name == headline and part not in ("valid", "test"):
+                found.setdefault(part, {})[arm["name"]] = [scores[key] for scores in arm["all"]]
+    if not found:
+        return None
+
+    def told(scores: Sequence[float] | None, control: Sequence[float] | None, name: str) -> tuple[str, str]:
+        if scores is None:
+            return NONE, NONE
+        way = Metric("", "accuracy" if name == headline == "accuracy" else name, 1 if max(scores) > 10 else 3)
+        gaps = [] if control is None else [a - b for a, b in zip(scores, control, strict=True)]
+        mean = way.spread(statistics.fmean(scores), _spread(scores))
+        return mean, way.spread(statistics.fmean(gaps), _spread(gaps), signed=True) if gaps else NONE
+
+    def control_of(title: str, arm: str) -> Sequence[float] | None:
+        return None if arm == result["control"] else found[title].get(result["control"])
+
+    arms = [arm["name"] for arm in result["arms"]]
+    rows = [
+        (arm, [told(found[title].get(arm), control_of(title, arm), title) for title in found]) for arm in arms
+    ]
+    return {"titles": list(found), "rows": rows}
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
 # --- curves ---
 
 WIDE, LEFT, RIGHT, TOP = 320, 42, 308, 10  # a plot, and the box of its axes within
@@ -314,14 +353,16 @@ TALL, LOW = 142, 62  # how high that box is: for the score, and for a loss
 POINTS = 120  # on a line; a pixel has no room for more
 
 
-def _curves(result: Mapping[str, Any], metric: Metric) -> list[dict[str, Any]]:
-    """A card an arm: its validation score by epoch and each of its losses, over the control's mean."""
+def _curves(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A card an arm: its validation score by epoch, each of its losses and what its methods watched, over the
+    control's mean."""
     drawn: dict[str, dict[str, list[list[float]]]] = {}
     for arm in result["arms"]:
-        named = {"": [_line(one, "scores", metric.name) for one in arm["curves"]]}
-        losses = [name for one in arm["curves"] for record in one for name in record["losses"]]
-        for loss in dict.fromkeys(losses):
-            named[loss] = [_line(one, "losses", loss) for one in arm["curves"]]
+        named = {"": [_line(one, "scores", result["curve"]) for one in arm["curves"]]}
+        for kind, title in (("losses", "loss: {}"), ("figures", "{}")):
+            names = [name for one in arm["curves"] for record in one for name in record[kind]]
+            for name in dict.fromkeys(names):
+                named[title.format(name)] = [_line(one, kind, name) for one in arm["curves"]]
         drawn[arm["name"]] = {name: lines for name, lines in named.items() if lines and all(lines)}
     every = [line for named in drawn.values() for lines in named.values() for line in lines]
     last = max(map(len, every), default=0)
@@ -531,7 +572,7 @@ def board_toml(result: Mapping[str, Any]) -> str:
     plan = result["recipe"]
     arms = {arm["name"]: arm["changes"] for arm in _all(result) if arm["name"] != result["control"]}
     parts = [
-        _toml_lines({"title": result["title"], "seeds": result["seeds"]}),
+        _toml_lines({"title": result["title"], "seeds": result["seeds"], "changes": result["begin"]}),
         "[recipe]\n" + _toml_lines({k: v for k, v in plan.items() if k not in ("models", "stages")}),
         "[recipe.models]\n" + _toml_lines(plan["models"]),
         *("[[recipe.stages]]\n" + _toml_lines(stage) for stage in plan["stages"]),

@@ -27,6 +27,7 @@ import torch
 
 import limbeck
 from limbeck import answers, build, checkpoint, recipe
+from limbeck.core.batch import View
 from limbeck.core.refused import Refused
 from limbeck.core.task import Task
 from limbeck.data.loader import Loader
@@ -92,10 +93,10 @@ class Run:
             build.rehearse(plan, self.seed, device)
         self.lab = build.lab(plan, self.seed, device)
         for n, stage in enumerate(plan.stages):
-            if not self.lab.task.headline and (stage.patience is not None or stage.keep == "best"):
+            if not self.lab.tasks[n].headline and (stage.patience is not None or stage.keep == "best"):
                 raise Refused(
                     f"In stage {n}: patience and keep = 'best' compare validation scores, and the task "
-                    f"'{plan.task}' has none; leave them out."
+                    f"'{plan.task_in(stage).name}' has none; leave them out."
                 )
         self.records: list[dict[str, Any]] = []
         self.finals: list[dict[str, Any]] = []  # of the stages that are finished
@@ -166,7 +167,7 @@ class Run:
 
     def _compare(self, engine: Engine, record: Record) -> None:
         """Keep the weights of what ships if its validation score is the best so far, the first of equals."""
-        score = record.scores.get(self.lab.task.headline, math.nan)
+        score = record.scores.get(self.lab.tasks[self.stage].headline, math.nan)
         if score > (-math.inf if self.best is None else self.best["score"]):
             weights = copy.deepcopy(engine.scheme.ships().state_dict())
             self.best = {"epoch": record.epoch, "score": score, "weights": weights}
@@ -191,12 +192,14 @@ class Run:
             "best": self.best,
             "records": self.records,
             "finals": self.finals,
+            "hints": self.lab.hints,
         }
         checkpoint.save(self.folder, state, fingerprint=self.fingerprint)
 
     def _take(self, state: dict[str, Any]) -> None:
         self.stage, self.best, self._halfway = state["stage"], state["best"], state["engine"]
         self.records, self.finals = list(state["records"]), list(state["finals"])
+        self.lab.hints.update(state.get("hints", {}))
         for stage in self.plan.stages[: self.stage]:
             # In order: what was made from another is made again from its trained weights, then gets its own.
             for name, net in self.lab.learners(stage).items():
@@ -211,13 +214,8 @@ class Run:
         scores, heard = {}, {}
         for epoch, weights in dict((last, best)).items():
             shipped.load_state_dict(weights)
-            kept = answers.Kept(self.lab.task)
-            scores[epoch] = {
-                f"{split}.{name}": value
-                for split, task in (("valid", self.lab.task), ("test", kept), ("unseen", self.lab.task))
-                if getattr(self.lab.splits, split) is not None
-                for name, value in self._scores(engine, split, task).items()
-            }
+            kept = answers.Kept(self.lab.tasks[self.stage])
+            scores[epoch] = self._all_scores(engine, kept)
             heard[epoch] = kept.answers()
         epoch, weights = best if stage.keep == "best" else last
         shipped.load_state_dict(weights)
@@ -232,6 +230,9 @@ class Run:
             "parameters": sum(p.numel() for p in shipped.parameters()),
             "seconds": sum(r["seconds"] for r in self.records if r["stage"] == self.stage),
         }
+        hints = {place: taps for place, taps in self.lab.hints.items() if place.startswith(f"{self.stage}.")}
+        if hints:
+            final["hints"] = hints
         self.finals.append(final)
         self.best = None
         place = answers.place(self.folder, stage.learns)
@@ -239,13 +240,26 @@ class Run:
         file = self.folder / f"{stage.learns}.safetensors"
         checkpoint.save_weights(file, shipped.state_dict(), {**final, **self._about()})
 
-    def _scores(self, engine: Engine, split: str, task: Task | None = None) -> dict[str, float]:
+    def _all_scores(self, engine: Engine, kept: Task) -> dict[str, float]:
+        """Of every part of the data but the one that was learned from, and of the test split under further
+        conditions; `kept` is the task that keeps the answers to the test split."""
+        parts = {"valid": self._scores(engine, "valid"), "test": self._scores(engine, "test", kept)}
+        if self.lab.splits.unseen is not None:
+            parts["unseen"] = self._scores(engine, "unseen")
+        for name in self.plan.tests:
+            parts[name] = self._scores(engine, "test", view=self.lab.test_view(name))
+        return {f"{part}.{name}": value for part, found in parts.items() for name, value in found.items()}
+
+    def _scores(
+        self, engine: Engine, split: str, task: Task | None = None, view: View | None = None
+    ) -> dict[str, float]:
         loader = Loader(getattr(self.lab.splits, split), 256, seed=self.seed)
         return evaluate(
             engine.scheme.ships(),
-            task or self.lab.task,
+            task or self.lab.tasks[self.stage],
             loader.once(256),
             taps=self._taps(),
+            view=view,
             device=self.lab.device,
         )
 

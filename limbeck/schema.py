@@ -50,28 +50,33 @@ def _parts() -> dict[str, Schema]:
     stage, use = parts["Stage"]["properties"], parts["Use"]["properties"]
     parts["Recipe"]["properties"] |= {
         "data": _ref("data"),
-        "task": _name("task") | {"default": "classify"},
+        "task": _ref("task") | {"default": "classify"},
         "models": {"type": "object", "additionalProperties": _ref("model")},
     }
     stage["scheme"] = _ref("scheme") | {"default": "offline"}
+    stage["task"] = _ref("task")
     stage["terms"] |= {"items": _ref("term")}
-    use["through"] |= {"items": _name("lens")}
     use["teacher"] = {"anyOf": [{"type": "string"}, use["teacher"]], "default": "teacher"}
     for place in (stage, use, parts["Net"]["properties"], parts["Mean"]["properties"]):
-        for key in ("view", "augment"):
+        for key, kind in (("view", "view"), ("augment", "view"), ("through", "lens")):
             if key in place:
                 said = {word: place[key][word] for word in ("description",) if word in place[key]}
-                place[key] = said | {"anyOf": [_ref("view"), {"type": "array", "items": _ref("view")}]}
+                place[key] = said | _in_order(kind)
+    parts["Recipe"]["properties"]["tests"] |= {"additionalProperties": _in_order("view")}
 
     parts |= {
         "data": _one_of("data", "Source", parts),
         "model": _one_of("model", "Net", parts, "Mean", "Group", "Kept"),
         "scheme": _one_of("scheme", "Named", parts),
         "view": _one_of("view", "Named", parts),
+        "task": _one_of("task", "Named", parts),
+        "lens": _one_of("lens", "Named", parts),
         "term": {"anyOf": [*_name("method")["anyOf"], *_tables("method", "Use", parts)]},
     }
     last = {name: value for name, value in parts["Stage"].items() if name != "required"}
-    parts["Arm"] = last | {"description": "What this arm's last stage does differently."}
+    last["properties"] = {**last["properties"], "skip": {"const": True}}
+    said = "What this arm's stage does differently; { skip = true } leaves it out."
+    parts["Arm"] = last | {"description": said}
     parts["Arms"]["properties"] |= {
         "recipe": _file_or("A recipe's file.", _ref("Recipe")),
         "arms": _file_or(
@@ -82,6 +87,11 @@ def _parts() -> dict[str, Schema]:
 
 
 # --- things by name, with their knobs ---
+
+
+def _in_order(kind: str) -> Schema:
+    """One, or several one after the other."""
+    return {"anyOf": [_ref(kind), {"type": "array", "items": _ref(kind)}]}
 
 
 def _name(kind: str) -> Schema:
@@ -101,6 +111,8 @@ def _tables(kind: str, table: str, parts: Mapping[str, Schema]) -> list[Schema]:
     each = []
     for name in registry.names(kind):
         knobs, required = _knobs(kind, registry.find(kind, name))
+        if kind == "method":
+            knobs["taps"] = {"anyOf": [knobs.get("taps", False), {"const": "cluster"}]}
         each.append(
             {
                 "title": name,

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from limbeck import answers, recipe
+from limbeck import answers, recipe, report
+from limbeck import run as runs
 from limbeck.board import Board, Cell, holm, paired, read, verdict
 from limbeck.core.batch import Batch
 from limbeck.core.refused import Refused
@@ -501,9 +502,9 @@ def written(folder: Path, terms: str = "") -> Path:
 
 def test_a_board_file_names_its_recipe_seeds_and_arms(tmp_path: Path) -> None:
     path = written(tmp_path)
-    plan, arms, seeds, title = read(tmp_path / "b.toml", ("stages.0.epochs=9",))
+    plan, arms, seeds, how = read(tmp_path / "b.toml", ("stages.0.epochs=9",))
     assert plan == recipe.read(path, ("stages.0.epochs=9",))
-    assert (seeds, title) == ([3, 5], "T")
+    assert (seeds, how) == ([3, 5], {"title": "T", "changes": None})
     assert arms == {"kd": {"terms": [{"method": "kd", "temperature": 3}]}, "short": {"epochs": 1}}
 
 
@@ -635,3 +636,72 @@ def test_a_control_that_diverges_ends_the_board(tmp_path: Path) -> None:
     table = Board(recipe.parse(plan), {"kd": KD}, [0], tmp_path / "board")
     with pytest.raises(Refused, match=r"The control diverged under seed 0: The .* became"):
         compute(table)
+
+
+# --- a stage that is not the last ---
+
+
+def three(**changes: Any) -> Recipe:
+    """The student learns by itself or from its teacher; a copy of it goes on alone, on few labels."""
+    plan = whole().model_dump(mode="json", by_alias=True)
+    copied = {"learner": {"name": "tuned", "from": "student"}, "epochs": 1, "batch": 1000, "labels": 50}
+    plan["stages"][1] |= {"epochs": 2, "batch": 100, "labels": None}
+    return recipe.parse({**plan, "stages": [*plan["stages"], copied], **changes})
+
+
+def test_arms_may_change_a_stage_before_the_last(tmp_path: Path) -> None:
+    noisy = {"noisy": {"name": "noise"}}
+    arms = {"kd": KD, "without": {"skip": True}}
+    table = Board(three(tests=noisy), arms, [0], tmp_path / "board", changes=1)
+    assert table.plans["without"].stages[1:] == table.plans["kd"].stages[2:]
+    compute(table)
+    shared = runs.result(table.cell_folder(None, 0))
+    assert shared is not None and [one["learner"] for one in shared["stages"]] == ["teacher"]
+    result = table.result()
+    rows = {row["name"]: row for row in result["arms"]}
+    kd, control, without = (rows[name] for name in ("kd", "control", "without"))
+    assert [one["name"] for one in kd["stages"]] == ["student"] and without["stages"] == []
+    assert kd["stages"][0]["scores"] != control["stages"][0]["scores"], "the student learned otherwise"
+    ends = {name: runs.result(table.cell_folder(name, 0)) for name in rows}
+    assert ends["kd"] is not None and ends["kd"]["learner"] == "tuned"
+    assert kd["scores"] == [ends["kd"]["scores"]["test.accuracy"]]
+    assert [record["stage"] for record in kd["curves"][0]] == [1, 1] and without["curves"] == []
+    assert set(kd["all"][0]) == {"valid.accuracy", "test.accuracy", "noisy.accuracy"}
+    assert kd["all"][0]["noisy.accuracy"] != kd["all"][0]["test.accuracy"]
+    assert report.write(tmp_path, result).exists()
+    read_back = tmp_path / "again.toml"
+    read_back.write_text(report.board_toml(result), encoding="utf-8")
+    plan, said, seeds, how = read(read_back)
+    assert (plan, said, seeds, how["changes"]) == (table.whole, arms, [0], 1)
+
+
+@pytest.mark.parametrize(
+    ("arms", "changes", "sentence"),
+    [
+        ({"kd": KD}, 3, r"stage 3, and the recipe has stages 0 to 2"),
+        ({"none": {"skip": True}}, None, r"unknown key `skip`"),
+        ({"none": {"skip": True, "epochs": 3}}, 1, r"unknown key `skip`"),
+    ],
+)
+def test_a_stage_that_arms_cannot_change(
+    arms: dict[str, Any], changes: int | None, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=sentence):
+        Board(three(), arms, [0], tmp_path / "board", changes=changes)
+    assert not (tmp_path / "board").exists()
+
+
+def test_a_stage_may_have_a_task_of_its_own(tmp_path: Path) -> None:
+    plan = three().model_dump(mode="json", by_alias=True)
+    plan["stages"][1] |= {"task": "retrieve"}
+    table = Board(recipe.parse(plan), {"hint": HINT}, [0], tmp_path / "board", changes=1)
+    compute(table)
+    result = table.result()
+    assert result["curve"] == "recall@1" and result["metric"] == "test.accuracy"
+    (stage,) = result["arms"][1]["stages"]
+    assert stage["metric"] == "test.recall@1"
+
+
+def test_a_condition_is_not_called_as_a_part_of_the_data() -> None:
+    with pytest.raises(Refused, match=r"tests\.valid would be taken for a part of the data"):
+        whole(tests={"valid": "noise"})

@@ -92,7 +92,7 @@ def test_a_scheme_with_losses_of_its_own_is_not_given_an_equation() -> None:
         ("batch = 8\nper_class = 2", "batches of 8, 2 rows a class"),
         (
             'augment = ["crop", "flip"]\nview = "rotations"',
-            "augmented by crop and flip, the learner is shown rotations",
+            "augmented by crop(pad=4, purpose=crop) and flip, the learner is shown rotations",
         ),
         ("", "  sgd, learning rate 0.1, momentum 0.9 (Nesterov), weight decay 0.0005, cosine schedule"),
         (
@@ -161,6 +161,7 @@ STAGE: dict[str, Any] = {
     "per_class": 2,
     "terms": [{"method": "kd"}],
     "task_weight": 0.5,
+    "task": "retrieve",
     "scheme": {"name": "branches"},
     "augment": "crop",
     "view": "flip",
@@ -178,8 +179,12 @@ OPTIM: dict[str, Any] = {
     "lr": 1.0,
     "momentum": 0.5,
     "nesterov": False,
+    "betas": [0.9, 0.95],
     "weight_decay": 0.0,
+    "decay_vectors": False,
+    "layer_decay": 0.8,
     "schedule": "constant",
+    "floor": 0.1,
     "milestones": [0.5],
     "gamma": 0.5,
     "warmup": 0.1,
@@ -189,6 +194,7 @@ USE: dict[str, Any] = {
     "teacher": "peer",
     "weight": 2.0,
     "ramp": {"epochs": 2},
+    "pairs": {"stage1": "stage2"},
     "view": "flip",
     "through": ["logit_standard"],
 }
@@ -205,8 +211,10 @@ def test_every_key_is_here() -> None:
     [*(("stage", key) for key in STAGE), *(("optim", key) for key in OPTIM), *(("use", key) for key in USE)],
 )
 def test_whatever_is_changed_shows(where: str, key: str) -> None:
+    heard = {"betas": {"name": "adamw"}, "floor": {"schedule": "cosine"}}.get(key, {})
+
     def lines(changes: dict[str, dict[str, Any]]) -> list[str]:
-        optim = {"schedule": "steps", **changes.get("optim", {})}
+        optim = {"schedule": "steps", **heard, **changes.get("optim", {})}
         use = {"method": "kd", **changes.get("use", {})}
         stage = {"learner": "student", "epochs": 3, "optim": {"student": optim}, "terms": [use]}
         if where == "stage":

@@ -109,7 +109,7 @@ def test_the_recipes_we_ship_fit() -> None:
 
 def test_names_and_defaults_are_filled_in(whole: Recipe) -> None:
     assert whole.models["student"] == Net(name="cnn")
-    assert whole.task == "classify"
+    assert whole.task.name == "classify" and whole.task_in(whole.stages[0]) == whole.task
     first, second = whole.stages
     assert (first.learns, second.learns) == ("teacher", "small")
     assert (first.batch, first.labels, first.rows, first.scheme.name, first.accumulate) == (

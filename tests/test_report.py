@@ -46,6 +46,7 @@ def curve(*scores: float, name: str = "accuracy") -> list[dict[str, Any]]:
             "epoch": n,
             "steps": 10 * (n + 1),
             "losses": {"task": 1 / (n + 1)},
+            "figures": {},
             "scores": {name: score},
             "seconds": 1,
         }
@@ -63,6 +64,8 @@ def arm(name: str, scores: list[float], control: list[float] | None) -> dict[str
         "name": name,
         "changes": {"terms": [] if control is None else [{"method": "rkd", "weight": 0.5}]},
         "scores": scores,
+        "all": [{"valid.accuracy": score, "test.accuracy": score} for score in scores],
+        "stages": [],
         "mean": statistics.fmean(scores),
         "sd": statistics.stdev(scores) if len(scores) > 1 else None,
         "difference": None if control is None else boards.paired(scores, control),
@@ -88,6 +91,8 @@ def board(gaps: dict[str, tuple[float, ...]], *, seeds: int = 3, teacher: bool =
         "metric": "test.accuracy",
         "seeds": list(range(seeds)),
         "control": "control",
+        "begin": 1,
+        "curve": "accuracy",
         "arms": [arm("control", control, None), *arms],
         "diverged": [],
         "teachers": [taught] if teacher else [],
@@ -361,7 +366,7 @@ def test_without_validation_scores_there_is_no_figure(tmp_path: Path) -> None:
     for one in result["arms"]:
         one["curves"] = [curve(50.0, name="another"), curve(60.0), curve(float("nan"))]
     shown = page(tmp_path, result)
-    assert not shown.points and list(shown.lines) == ["task by epoch"] and shown.tables
+    assert not shown.points and list(shown.lines) == ["loss: task by epoch"] and shown.tables
     for one in result["arms"]:
         one["curves"] = []
     assert not page(tmp_path, result).lines
@@ -373,9 +378,9 @@ def test_every_loss_has_a_plot_under_the_score_of_its_arm(tmp_path: Path) -> Non
         for record in curve_:
             record["losses"]["kd"] = 4.0 - n - record["epoch"]
     lines = page(tmp_path, result).lines
-    assert list(lines) == ["validation accuracy (%) by epoch", "task by epoch", "kd by epoch"]
-    assert len(lines["task by epoch"]) == 2 * (1 + 2 + 1)  # in both panels: control, two seeds, mean
-    first, second, mean = map(coordinates, lines["kd by epoch"])  # the control has no such loss
+    assert list(lines) == ["validation accuracy (%) by epoch", "loss: task by epoch", "loss: kd by epoch"]
+    assert len(lines["loss: task by epoch"]) == 2 * (1 + 2 + 1)  # in both panels: control, two seeds, mean
+    first, second, mean = map(coordinates, lines["loss: kd by epoch"])  # the control has no such loss
     assert [y for _, y in first] < [y for _, y in mean] < [y for _, y in second]  # a larger one is higher up
     assert [y for _, y in mean] == sorted(y for _, y in mean) and len(mean) == 3
 
@@ -393,7 +398,7 @@ def test_long_lines_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
 def test_losses_of_one_name_share_their_axis(tmp_path: Path) -> None:
     result = board({"kd": (1.0,), "rkd": (1.0,)}, seeds=1)
     result["arms"][2]["curves"][0][-1]["losses"]["task"] = 50.0
-    control, kd, control_again, rkd = map(coordinates, page(tmp_path, result).lines["task by epoch"])
+    control, kd, control_again, rkd = map(coordinates, page(tmp_path, result).lines["loss: task by epoch"])
     assert control == control_again == kd and kd[:2] == rkd[:2] and rkd[2][1] < min(y for _, y in kd)
 
 
@@ -685,10 +690,10 @@ def test_the_page_holds_a_board_file_that_gives_the_same_board_again(tmp_path: P
     shown = page(tmp_path, result)
     file = tmp_path / "board.toml"
     file.write_text(shown.text[shown.text.index("title = ") :].strip(), encoding="utf-8")
-    whole, arms, seeds, title = boards.read(file)
+    whole, arms, seeds, how = boards.read(file)
     assert whole.model_dump(mode="json", by_alias=True) == result["recipe"]
     assert arms == dict(zip(["rkd", 'odd "name" \\ ü\t\x7f.'], changes, strict=True))
-    assert (seeds, title) == (result["seeds"], result["title"])
+    assert (seeds, how) == (result["seeds"], {"title": result["title"], "changes": 1})
 
 
 def test_what_an_arm_changes_is_shown(tmp_path: Path) -> None:
@@ -726,7 +731,7 @@ def test_the_table_fits_80_columns_and_cuts_nothing_off(terminal: bool) -> None:
     text = printed(result, force_terminal=terminal, no_color=True, soft_wrap=not terminal)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in text
-    assert " ".join(text.split()).endswith("sec: training of the last stage.")
+    assert " ".join(text.split()).endswith("sec: training of the stage that arms change.")
     cells = [line.split() for line in lines if line.strip()]
     firsts = [row[0] for row in cells]
     assert [name for name in firsts if name.startswith("method-")] == names

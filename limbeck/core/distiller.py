@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,9 +105,15 @@ class Distiller(nn.Module):
         for item in methods if isinstance(methods, Sequence) else [methods]:
             self._enlist(item if isinstance(item, Term) else Term(item), only)
         for use in self._uses:
-            looks = self._method(use).looks()
-            self._tapped.look(looks)
-            self._teachers[use.teacher].look(looks)
+            method, pairs = self._method(use), use.term.pairs
+            if lost := pairs.keys() - set(method.teacher_looks()):
+                looks = ", ".join(method.teacher_looks()) or "no taps"
+                raise Refused(
+                    f"The pairs of method '{use.name}' name '{min(lost)}', and of the teacher it looks at "
+                    f"{looks}; pair one of these."
+                )
+            self._tapped.look(method.looks())
+            self._teachers[use.teacher].look(pairs.get(name, name) for name in method.teacher_looks())
         read = {u.teacher for u in self._uses if u.term.through or self._method(u).card.reads_out}
         self._asked = [(teacher, place in read) for place, teacher in enumerate(self._teachers)]
         if task is None and not self._uses:
@@ -185,6 +191,14 @@ class Distiller(nn.Module):
             for name in method.rivals():
                 s, t, batch, _ = self._shown(use, sight)
                 yield f"{use.key}.{name}", method.rival_loss(name, s.detach(), t.detach(), batch)
+
+    def figures(self) -> dict[str, float]:
+        """What the methods found worth watching in the last batch, by name."""
+        return {
+            f"{use.key}.{name}": value
+            for use in self._uses
+            for name, value in self._method(use).figures().items()
+        }
 
     def players(self) -> dict[str, dict[str, nn.Parameter]]:
         """What learns: each rival by `method.rival`, and `student` (the student and the methods' own
@@ -272,7 +286,7 @@ class Distiller(nn.Module):
     def _shown(self, use: _Use, sight: Sight) -> tuple[Seen, Seen, Batch, float | Tensor]:
         """What a method is shown: the student, its teacher, the student's batch and the lenses' factor."""
         s, batch = sight.students[use.view]
-        t = sight.teachers[use.teacher]
+        t = _paired(sight.teachers[use.teacher], use.term.pairs)
         factor: float | Tensor = 1.0
         for lens in use.term.through:
             s, t, more = lens(s, t)
@@ -308,12 +322,8 @@ class Distiller(nn.Module):
                     f"Method '{use.name}' needs {need}, and the example has none; give the batch its "
                     f"`{'y' if need == 'labels' else 'index'}`."
                 )
-        shapes = ", ".join(
-            f"'{n}' {tuple(s.at[n].shape)} and {tuple(t.at[n].shape)}"
-            for n in method.looks()
-            if n in s.at and n in t.at
-        )
-        pair = f"compare this pair (student and teacher show {shapes or 'no taps'})"
+        here, there = _shapes(s, method.looks()), _shapes(t, method.teacher_looks())
+        pair = f"compare this pair (the student shows {here}, the teacher {there})"
         with _said(f"Method '{use.name}'", pair), forked(self.seed, "build", use.key):
             method.build(s, t, batch)
             method.to(like.device, like.dtype)
@@ -363,6 +373,17 @@ def _said(who: str, what: str) -> Iterator[None]:
         ValueError,
     ) as error:
         raise Refused(f"{who} cannot {what}: {next(iter(str(error).splitlines()), repr(error))}") from error
+
+
+def _shapes(seen: Seen, taps: Sequence[str]) -> str:
+    return ", ".join(f"'{tap}' {tuple(seen.at[tap].shape)}" for tap in taps if tap in seen.at) or "no taps"
+
+
+def _paired(t: Seen, pairs: Mapping[str, str]) -> Seen:
+    """The teacher's taps under the names by which a method asks for them."""
+    at = {name: t.at[tap] for name, tap in pairs.items()}
+    modules = {name: t.modules[tap] for name, tap in pairs.items() if tap in t.modules}
+    return replace(t, at={**t.at, **at}, modules={**t.modules, **modules}) if pairs else t
 
 
 def _as_leaves(seen: Seen) -> Seen:

@@ -62,6 +62,11 @@ class Method(nn.Module, ABC):
             return tuple(self.taps)  # type: ignore[arg-type]
         return (self.tap,) if hasattr(self, "tap") else self.card.taps  # type: ignore[return-value]
 
+    def teacher_looks(self) -> tuple[str, ...]:
+        """The taps of the teacher this instance reads: those of the student unless a method says
+        otherwise."""
+        return self.looks()
+
     def build(self, s: Seen, t: Seen, batch: Batch) -> None:
         """Make modules from the shapes in `s` and `t`. The only place where `t.model` may be read. Raises
         `Refused`."""
@@ -69,6 +74,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
         """The scalar the student lowers. `batch` is what the student was shown."""
+
+    def figures(self) -> dict[str, float]:
+        """What is worth watching of the last batch, by name: a ratio, a similarity. Noted once an epoch."""
+        return {}
 
     def rivals(self) -> dict[str, nn.Module]:
         """Submodules that learn against the student (a discriminator): each is a player with an optimiser of

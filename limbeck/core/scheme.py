@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Term:
 
     teachers: whom it listens to (empty: the only one there is); with several it is built once for each and
         the mean is taken.
+    pairs: for a name by which the method looks at the teacher, the teacher's tap that is meant.
     view: what the student is shown for this term, when that differs from everybody's. through: lenses, first
         to last.
     """
@@ -66,6 +67,7 @@ class Term:
     teachers: tuple[Teacher, ...] = ()
     weight: float = 1.0
     ramp: Ramp | None = None
+    pairs: Mapping[str, str] = field(default_factory=dict)
     view: View | None = None
     through: tuple[Lens, ...] = ()
     name: str = ""
@@ -114,6 +116,10 @@ class Scheme(ABC):
         """The name of a loss that cannot be cut into micro-batches because it compares rows; None when all
         can."""
         return None
+
+    def figures(self) -> dict[str, float]:
+        """What the methods found worth watching in the last batch, by name."""
+        return {}
 
     def ships(self) -> nn.Module:
         """What is evaluated and saved: what the scheme ships, or its running mean."""

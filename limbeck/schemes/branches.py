@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck.core.batch import Batch
 from limbeck.core.cast import Cast
@@ -39,25 +39,7 @@ from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Turn
 from limbeck.core.taps import Seen, Tapped, unmoved
 from limbeck.core.teachers import Peer, Teacher
-
-
-class Branch(nn.Module):
-    """From a stage's map (b c h w) or tokens (b n d) to logits (b k), by a network's own `tail` and a linear
-    head. `last` is the name of the network's last stage: what the tail shows stands beside it."""
-
-    def __init__(self, tail: nn.Module, width: int, classes: int, last: str) -> None:
-        super().__init__()
-        self.tail = tail
-        self.head = nn.Linear(width, classes)
-        self.TAPS = {last: "tail", "pooled": "head:in"}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(pool(self.tail(x)))
-
-
-def pool(x: Tensor) -> Tensor:
-    """Mean over a map's places (b c h w) or over tokens (b n d)."""
-    return x.mean((2, 3)) if x.ndim == 4 else x.mean(1)
+from limbeck.pieces.branch import Branch, pool, stages
 
 
 class Branches(Scheme):
@@ -87,14 +69,14 @@ class Branches(Scheme):
                     "learn from the network, and one for what it learns from others."
                 )
         shown = _stages(network, name, cast, itself.example)
-        stages, classes = list(shown.at), shown.out.shape[1]
+        names, classes = list(shown.at), shown.out.shape[1]
         branches = {}
-        for i, stage in enumerate(stages[:-1]):
+        for i, stage in enumerate(names[:-1]):
             with forked(cast.seed, "branch", name, stage), torch.no_grad():
                 tail = network.tail(i)  # type: ignore[operator]
                 with unmoved(tail):
                     width = pool(tail(shown.at[stage])).shape[1]
-                branch = Branch(tail, width, classes, stages[-1]).to(shown.out)
+                branch = Branch(tail, width, classes, names[-1]).to(shown.out)
             example = itself.example.replace(x=shown.at[stage])
             alone = Cast({stage: branch}, example, own, cast.task, branch_task, seed=cast.seed)
             branches[stage] = alone.distiller(stage)
@@ -129,6 +111,13 @@ class Branches(Scheme):
                     players[where + player] = theirs
         return players
 
+    def figures(self) -> dict[str, float]:
+        return {
+            where + figure: value
+            for where, lesson in self._lessons()
+            for figure, value in lesson.figures().items()
+        }
+
     def shipped(self) -> nn.Module:
         return self.network.student
 
@@ -149,19 +138,14 @@ class Branches(Scheme):
 
 def _stages(network: nn.Module, name: str, cast: Cast, example: Batch) -> Seen:
     """What each stage of the network shows for the example, in order."""
-    if not callable(getattr(network, "tail", None)):
+    names = stages(network, name, cast.taps.get(name))
+    if len(names) < 2:
         raise Refused(
-            f"'{name}' is a {type(network).__name__}, which has no `tail(i)` to grow branches from; choose a "
-            "network of limbeck's, or give yours `TAPS` with stage1, stage2, … and a method `tail(i)`."
-        )
-    tapped = Tapped(network, cast.taps.get(name), name)
-    stages = [stage for stage in (f"stage{n}" for n in range(1, 100)) if stage in tapped.table]
-    if len(stages) < 2:
-        raise Refused(
-            f"'{name}' has {len(stages)} stage(s), and branches grow from those before the last; choose a "
+            f"'{name}' has {len(names)} stage(s), and branches grow from those before the last; choose a "
             "network of two or more stages."
         )
-    tapped.look(stages)
+    tapped = Tapped(network, cast.taps.get(name), name)
+    tapped.look(names)
     with torch.no_grad(), unmoved(network), forked(cast.seed, "dry run"):
         seen = tapped(example.x)
-    return replace(seen, at={stage: seen.at[stage] for stage in stages})
+    return replace(seen, at={stage: seen.at[stage] for stage in names})

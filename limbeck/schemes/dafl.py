@@ -138,6 +138,9 @@ class DAFL(Scheme):
         inventing = {name: p for name, p in self.generator.named_parameters() if p.requires_grad}
         return {"generator": inventing, **self.distiller.players()}
 
+    def figures(self) -> dict[str, float]:
+        return self.distiller.figures()
+
     def shipped(self) -> nn.Module:
         return self.distiller.student
 

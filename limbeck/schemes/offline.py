@@ -37,6 +37,9 @@ class Offline(Scheme):
     def players(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         return self.distiller.players()
 
+    def figures(self) -> dict[str, float]:
+        return self.distiller.figures()
+
     def shipped(self) -> nn.Module:
         return self.distiller.student
 

@@ -75,6 +75,13 @@ class Online(Scheme):
             for player, theirs in distiller.players().items()
         }
 
+    def figures(self) -> dict[str, float]:
+        return {
+            f"{name}.{figure}": value
+            for name, distiller in self.distillers.items()
+            for figure, value in distiller.figures().items()
+        }
+
     def shipped(self) -> nn.Module:
         return next(iter(self.distillers.values())).student
 

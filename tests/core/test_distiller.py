@@ -418,7 +418,7 @@ def test_a_pair_a_method_cannot_compare_is_refused_with_both_shapes() -> None:
         def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
             return (s.at["hidden"] - t.at["hidden"]).mean()
 
-    refuse(r"'direct' cannot compare.*'hidden' \(6, 5\) and \(6, 8\)", Direct())
+    refuse(r"'direct' cannot compare.*the student shows 'hidden' \(6, 5\), the teacher 'hidden' \(6, 8\)", Direct())
 
 
 def test_what_a_method_needs_and_the_example_lacks_is_refused_by_name() -> None:
@@ -498,3 +498,39 @@ def test_stopping_teaches_the_same() -> None:
             torch.manual_seed(0)
             losses.append(distiller(BATCH)["loss"])
     assert torch.equal(*losses)
+
+
+# --- other places of the teacher ---
+
+
+class Watched(Feature):
+    """A feature method that looks at the teacher under another name, and watches."""
+
+    def teacher_looks(self) -> tuple[str, ...]:
+        return ("deep",)
+
+    def build(self, s: Seen, t: Seen, batch: Batch) -> None:
+        pass
+
+    def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
+        self.seen = t.at["deep"].detach()
+        return (s.at["hidden"].mean() - t.at["deep"].mean()) ** 2
+
+    def figures(self) -> dict[str, float]:
+        return {"level": float(self.seen.mean())}
+
+
+def test_a_method_looks_where_its_term_says() -> None:
+    other = teacher()
+    term = Term(Watched(), pairs={"deep": "body.0"})
+    distiller = Distiller(student(), other, term, example=PAIR)
+    assert distiller(BATCH)["loss"].requires_grad
+    other.eval()
+    assert torch.equal(distiller.methods["watched"].seen, other.body[0](BATCH.x))
+    level = float(other.body[0](BATCH.x).detach().mean())
+    assert distiller.figures() == {"watched.level": level}
+
+
+def test_pairs_name_what_the_method_looks_at() -> None:
+    with pytest.raises(Refused, match=r"pairs of method 'watched' name 'hidden'.*it looks at deep"):
+        Distiller(student(), teacher(), Term(Watched(), pairs={"hidden": "body.0"}), example=PAIR)
