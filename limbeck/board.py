@@ -96,9 +96,12 @@ class Board:
         self._refuse_others()
         self._stop = False
         self._run: Run | None = None
+        self.takes: dict[str, int] = {}
+        """Bytes that teachers' answers will take, by what is kept of whom, all seeds together."""
         for name, plan in self.plans.items():
             try:
-                build.rehearse(plan, seeds[0], device)
+                kept = build.rehearse(plan, seeds[0], device, self.folder / "stores")
+                self.takes |= {what: len(seeds) * size for what, size in kept.items()}
             except Refused as error:
                 raise Refused(f"Arm '{name}': {error}") from error.__cause__
 
@@ -169,6 +172,7 @@ class Board:
             seed=cell.seed,
             device=self.device,
             after=self.cell_folder(None, cell.seed) if builds else None,
+            stores=self.folder / "stores" / str(cell.seed),
             rehearsed=True,  # all arms were, before the first
         )
 
@@ -235,7 +239,9 @@ class Board:
                     "difference": None if name == CONTROL else paired(scores, control),
                     "last": _at("last", results, metric),
                     "best": _at("best", results, metric),
-                    "seconds": statistics.fmean(_seconds(r, self.begin) for r in results),
+                    "seconds": statistics.fmean(_sum("seconds", r, self.begin) for r in results),
+                    "asking": statistics.fmean(_sum("asking", r, self.begin) for r in results),
+                    "how": results[0]["stages"][self.begin]["teachers"],
                     "parameters": results[0]["parameters"],
                     "stages": self._stages(plan, results),
                     "curves": [
@@ -528,9 +534,9 @@ def _arm(whole: recipe.Recipe, begin: int, name: str, changes: Mapping[str, Any]
     return arm
 
 
-def _seconds(result: Mapping[str, Any], begin: int) -> float:
-    """Training of the stage that arms change and what follows it."""
-    return sum(final["seconds"] for final in result["stages"][begin:])
+def _sum(of: str, result: Mapping[str, Any], begin: int) -> float:
+    """Over the stage that arms change and what follows it."""
+    return sum(final[of] for final in result["stages"][begin:])
 
 
 def _curve(folder: Path, stage: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:

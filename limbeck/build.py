@@ -26,6 +26,7 @@ from limbeck.core.scheme import Lens, Ramp, Scheme, Term
 from limbeck.core.taps import Tapped
 from limbeck.core.task import Task
 from limbeck.core.teachers import Ensemble, Frozen, MeanOf, Peer, Teacher
+from limbeck.data.keeping import Keeping
 from limbeck.data.loader import Data, Loader, Splits
 from limbeck.data.outside import as_splits
 from limbeck.data.published import shelves
@@ -47,6 +48,10 @@ class Lab:
     tasks: list[Task]
     models: dict[str, nn.Module]
     device: torch.device
+    stores: Path | None = None
+    """Where answers are kept as they are given; None, in a rehearsal, keeps none."""
+    keeping: list[Keeping] = field(default_factory=list)
+    """Teachers that keep their answers, as they were asked for."""
     rehearsal: bool = False
     hints: dict[str, dict[str, str]] = field(default_factory=dict)
     """The teacher's taps that clustering chose, by stage and term: `1.0` is stage 1's first term."""
@@ -80,7 +85,7 @@ class Lab:
         for use in stage.terms:
             _shown(use.view, example)
             for name in use.teachers:
-                asked.setdefault(name, self.teacher(name))
+                asked.setdefault(name, self.teacher(name, loader))
         for name in [who for who in asked if who not in learners]:
             for one in (name, *self.recipe.within(name)):
                 spec = self.recipe.models.get(one)
@@ -200,7 +205,8 @@ class Lab:
         """A learner that teaches answers as it learns: what is said of it as a teacher is not passed over."""
         for name in sorted(names):
             spec = self.recipe.models.get(name)
-            said = [key for key in ("view", "columns", "normalise", "precision") if getattr(spec, key, None)]
+            keys = ("view", "columns", "normalise", "precision", "store")
+            said = [key for key in keys if getattr(spec, key, None)]
             if said:
                 raise Refused(
                     f"'{name}' teaches while it learns, so its `{said[0]}` would change nothing; leave it "
@@ -255,17 +261,18 @@ class Lab:
             )
         return self.models[name]
 
-    def teacher(self, name: str) -> Teacher:
+    def teacher(self, name: str, loader: Loader | None = None) -> Teacher:
+        """Who teaches by that name, a lesson over `loader` if it is for one."""
         spec = self.recipe.models.get(name)
         if isinstance(spec, Mean):
             return MeanOf(self.model(spec.mean_of), decay=spec.decay, view=_view(spec.view))
         if isinstance(spec, Kept):
             return Stored(file(spec.stored), epochs=spec.epochs, called=name)
         if spec is not None and not isinstance(spec, Net):
-            return Ensemble([self.teacher(other) for other in spec.ensemble], spec.weights)
+            return Ensemble([self.teacher(other, loader) for other in spec.ensemble], spec.weights)
         if spec is None:  # made by an earlier stage
             return Frozen(self.model(name), called=name)
-        return Frozen(
+        frozen = Frozen(
             self.model(name),
             taps=spec.taps,
             view=_view(spec.view),
@@ -273,10 +280,17 @@ class Lab:
             precision=None if spec.precision is None else getattr(torch, spec.precision),
             columns=spec.columns,
             called=name,
+            fold=spec.fold,
+            channels_last=spec.channels_last,
+            stop=spec.stop,
         )
+        if spec.store is None or loader is None:
+            return frozen
+        self.keeping.append(Keeping(frozen, loader, self.stores, name))
+        return self.keeping[-1]
 
 
-def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
+def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu", stores: Path | None = None) -> Lab:
     """Load the data, make every network with weights fixed by (seed, name). Raises `Refused`."""
     seed = recipe.seed if seed is None else seed
     data = splits(recipe.data)
@@ -286,7 +300,7 @@ def lab(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> Lab:
         if isinstance(spec, Net)
     }
     tasks = [_task(recipe.task_in(stage)) for stage in recipe.stages]
-    return Lab(recipe, seed, data, tasks, models, torch.device(device))
+    return Lab(recipe, seed, data, tasks, models, torch.device(device), stores)
 
 
 def _task(spec: Named) -> Task:
@@ -332,15 +346,18 @@ def headline(recipe: Recipe, stage: Stage) -> str:
     return str(registry.find("task", recipe.task_in(stage).name).headline)
 
 
-def rehearse(recipe: Recipe, seed: int | None = None, device: str = "cpu") -> None:
+def rehearse(
+    recipe: Recipe, seed: int | None = None, device: str = "cpu", stores: Path | None = None
+) -> dict[str, int]:
     """Assemble every stage once with untrained networks, so that what does not fit in the last is said before
-    the first step."""
-    trial = replace(lab(recipe, seed, device), rehearsal=True)
+    the first step. Gives the bytes that answers will take on the disk, by what is kept of whom."""
+    trial = replace(lab(recipe, seed, device, stores), rehearsal=True)
     for number in range(len(recipe.stages)):
         trial.engine(number)
     few = Loader(trial.splits.test, 2, seed=trial.seed).at(0)
     for views in recipe.tests.values():
         _shown(views, few)
+    return {one.kept: one.bytes for one in trial.keeping}
 
 
 def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:

@@ -189,14 +189,14 @@ def show(
 @app.command()
 def hints(
     teacher: Annotated[
-        str, typer.Argument(help="Weights limbeck wrote, NAME=WEIGHTS, or a recipe (.toml) that names weights.")
+        str, typer.Argument(help="Weights limbeck wrote, NAME=WEIGHTS, or a recipe (.toml) naming them.")
     ],
     data: Annotated[
         str | None,
-        typer.Option(help="A data set's name, or a folder of images, ROOT/CLASS/IMAGE (default: the recipe's)."),
+        typer.Option(help="A data set's name, or a folder, ROOT/CLASS/IMAGE (default: the recipe's)."),
     ] = None,
     name: Annotated[str, typer.Option(help="The network's name in the recipe.")] = "teacher",
-    count: Annotated[int, typer.Option(help="How many layers are chosen: one for each tap of the student.")] = 3,
+    count: Annotated[int, typer.Option(help="How many are chosen: one for each tap of the student.")] = 3,
     metric: Annotated[str, typer.Option(help="r2_cca, cka or cka_rbf.")] = "r2_cca",
     centre: Annotated[bool, typer.Option(help="Of r2_cca; the paper's code does not.")] = True,
     update: Annotated[str, typer.Option(help="A cluster's centre: paper (by place) or medoid.")] = "paper",
@@ -360,6 +360,7 @@ def _lesson(source: Path, name: str, stage: int, device: str) -> tuple[Any, Any]
 def _go(work: "Run") -> None:
     if work.result is not None:
         _print(f"This run is finished; its folder is {work.folder}.")
+    _tell_stores(work)
     with _progress() as bar, _stoppable(work):
         line = bar.add_task("", total=1.0)
         for moment in _until_stopped(work.moments()):
@@ -376,6 +377,7 @@ def _watch_board(table: "Board") -> None:
     """Run every cell, then print the table and say where the report is."""
     from limbeck import report
 
+    _tell_stores(table)
     with _progress() as bar, _stoppable(table):
         line = bar.add_task("", total=float(len(table.cells())))
         for cell, moment in _until_stopped(table.moments()):
@@ -390,6 +392,13 @@ def _watch_board(table: "Board") -> None:
     page = report.write(table.folder, result)
     _print(report.table(result))
     _print(f"Report: {page}")
+
+
+def _tell_stores(work: "Run | Board") -> None:
+    from limbeck.doctor import size
+
+    for what, bytes in work.takes.items():
+        _print(f"{what}, stored as they are given, will take {size(bytes)} in {work.folder / 'stores'}.")
 
 
 class _stoppable:

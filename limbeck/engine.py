@@ -50,7 +50,8 @@ class Pace:
 @dataclass
 class Record:
     """What an epoch gave: mean losses by name (each times its weight), what methods found worth watching in
-    its last batch, scores on the validation split, seconds of training."""
+    its last batch, scores on the validation split, seconds of training and those
+    of them that went into asking the teachers."""
 
     stage: int
     epoch: int
@@ -59,6 +60,7 @@ class Record:
     figures: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    asking: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,7 +108,7 @@ class Engine:
         self.device = torch.device(device)
         self.players = {name: list(parameters.values()) for name, parameters in scheme.players().items()}
         self.step = 0
-        self.seconds = 0.0
+        self.seconds = self.asking = 0.0
         self.sums: dict[str, dict[str, Tensor]] = {}  # of an epoch's losses, by player and name
         self._unseen: list[tuple[int, str, str, Tensor]] = []  # step, player, name and value of a loss
         if self.players.keys() != self.paces.keys():
@@ -150,7 +152,7 @@ class Engine:
         while not self.done:
             epoch, place = divmod(self.step, self.loader.steps)
             for batch in self.loader.epoch(epoch, place):
-                began = time.perf_counter()
+                began, asked = time.perf_counter(), self.scheme.asking
                 # So that dropout is alike in every arm, and after a resume.
                 reseed(self.device, self.seed, "step", self.stage, self.step)
                 try:
@@ -163,6 +165,7 @@ class Engine:
                 self.scheme.follow()
                 self.step += 1
                 self.seconds += time.perf_counter() - began
+                self.asking += self.scheme.asking - asked
                 if self.device.type != "cpu" and self.step % LOOK == 0:
                     self.refuse_diverged()
                 yield self._record(epoch) if self.step % self.loader.steps == 0 else None
@@ -246,14 +249,15 @@ class Engine:
                 key = name if name not in losses else f"{player}.{name}"
                 losses[key] = float(total) / self.loader.steps
         figures = self.scheme.figures()
-        record = Record(self.stage, epoch, self.step, losses, figures, seconds=self.seconds)
-        self.sums, self.seconds = {}, 0.0
+        record = Record(self.stage, epoch, self.step, losses, figures, seconds=self.seconds, asking=self.asking)
+        self.sums, self.seconds, self.asking = {}, 0.0, 0.0
         return record
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "asking": self.asking,
             "sums": {player: dict(named) for player, named in self.sums.items()},
             "scheme": self.scheme.state_dict(),
             "optimisers": {name: pace.optimiser.state_dict() for name, pace in self.paces.items()},
@@ -261,7 +265,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.asking = state["step"], state["seconds"], state["asking"]
         self.sums = {player: dict(named) for player, named in state["sums"].items()}
         self.scheme.load_state_dict(state["scheme"])
         for name, pace in self.paces.items():

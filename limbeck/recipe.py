@@ -87,6 +87,10 @@ class Net(Named):
         teaches.
     normalise: the [mean, std] of pixel values in 0 … 1 that it was trained under, where they are not those of
         the data.
+    store: `auto` stores its answers as it gives them, and reads those that are there already: the arms of a
+        board ask it once.
+    fold, channels_last, stop: ways to answer sooner that are taken where they are exact to rounding: BatchNorm
+        folded into convolutions, the layout that suits these, and no forward beyond its last tap.
     """
 
     weights: str | None = Field(None, min_length=1)
@@ -95,6 +99,10 @@ class Net(Named):
     columns: list[int] | None = None
     normalise: Annotated[list[float | list[float]], Field(min_length=2, max_length=2)] | None = None
     precision: Literal["bfloat16", "float16"] | None = None
+    store: Literal["auto"] | None = None
+    fold: bool = True
+    channels_last: bool = True
+    stop: bool = True
 
 
 class Mean(Strict):

@@ -52,6 +52,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
         classes=_classes(result),
         trust=_trust(result),
         samples=_samples(result),
+        asking=_asking(result),
         control=_control(result),
         changes=[(arm["name"], _toml_lines(arm["changes"])) for arm in _all(result)],
         toml=board_toml(result),
@@ -256,6 +257,15 @@ def _rows(result: Mapping[str, Any], metric: Metric) -> list[Row]:
             )
         rows.append(row)
     return rows + [Row(one["name"], NONE, None, verdict=_lost(one, result)) for one in result["diverged"]]
+
+
+def _asking(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What the teachers cost each arm that has some, and by which way they answered."""
+    return [
+        (arm["name"], f"{arm['seconds']:.1f}", f"{arm['asking']:.1f}", "; ".join(arm["how"]))
+        for arm in result["arms"]
+        if arm["how"]
+    ]
 
 
 def _other(result: Mapping[str, Any]) -> str:

@@ -63,6 +63,7 @@ class Run:
             from there.
         every: seconds between checkpoints; 0 saves after every batch.
         rehearsed: somebody has assembled every stage already, so that is not tried again.
+        stores: where teachers that keep their answers (`store`) do so; in the run's folder if not said.
 
     Raises `Refused` when the recipe does not fit its models and data, or the folder belongs to another run;
     nothing is written then.
@@ -78,20 +79,24 @@ class Run:
         after: Path | None = None,
         every: float = 60.0,
         rehearsed: bool = False,
+        stores: Path | None = None,
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise Refused(
                 f"`limbeck run` was started as {os.environ['WORLD_SIZE']} processes and runs in one; start "
                 "it without torchrun."
             )
+        stores = stores or folder / "stores"
+        self.takes: dict[str, int] = {}
+        """Bytes that teachers' answers will take, by what is kept of whom, before a run begins."""
         self.plan, self.folder, self.every, self.device = plan, folder, every, device
         self.seed = plan.seed if seed is None else seed
         self._started = begun(folder, plan, self.seed)
         self.fingerprint = _fingerprint(plan, self.seed)
         self._stop = False
         if self._started is None and not rehearsed:
-            build.rehearse(plan, self.seed, device)
-        self.lab = build.lab(plan, self.seed, device)
+            self.takes = build.rehearse(plan, self.seed, device, stores)
+        self.lab = build.lab(plan, self.seed, device, stores)
         for n, stage in enumerate(plan.stages):
             if not self.lab.tasks[n].headline and (stage.patience is not None or stage.keep == "best"):
                 raise Refused(
@@ -229,6 +234,8 @@ class Run:
             "best": {"epoch": best[0], "scores": scores[best[0]]},
             "parameters": sum(p.numel() for p in shipped.parameters()),
             "seconds": sum(r["seconds"] for r in self.records if r["stage"] == self.stage),
+            "asking": sum(r["asking"] for r in self.records if r["stage"] == self.stage),
+            "teachers": list(dict.fromkeys(teacher.how() for teacher in engine.scheme.teachers())),
         }
         hints = {place: taps for place, taps in self.lab.hints.items() if place.startswith(f"{self.stage}.")}
         if hints:

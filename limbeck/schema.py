@@ -75,8 +75,8 @@ def _parts() -> dict[str, Schema]:
     }
     last = {name: value for name, value in parts["Stage"].items() if name != "required"}
     last["properties"] = {**last["properties"], "skip": {"const": True}}
-    said = "What this arm's stage does differently; { skip = true } leaves it out."
-    parts["Arm"] = last | {"description": said}
+    about = "What this arm's stage does differently; { skip = true } leaves it out."
+    parts["Arm"] = last | {"description": about}
     parts["Arms"]["properties"] |= {
         "recipe": _file_or("A recipe's file.", _ref("Recipe")),
         "arms": _file_or(

@@ -72,6 +72,8 @@ def arm(name: str, scores: list[float], control: list[float] | None) -> dict[str
         "last": at(list(scores), [2] * len(scores)),
         "best": at([score + 1 for score in scores], [1, 2, 0][: len(scores)]),
         "seconds": 3.25,
+        "asking": 0.0 if control is None else 1.5,
+        "how": [] if control is None else ["live, channels_last"],
         "parameters": 5290,
         "curves": [curve(10.0, score - 5, score) for score in scores],
     }
@@ -461,7 +463,7 @@ def test_agreement_and_calibration_have_a_row_for_everybody(tmp_path: Path) -> N
     kd = result["answers"]["arms"]["kd"]
     kd["agreement"], kd["divergence"] = {"mean": 91.25, "sd": 1.5}, {"mean": 0.0471, "sd": 0.009}
     kd["calibration_error"] = {"mean": 4.0, "sd": None}
-    rows = page(tmp_path, result).tables[-1]
+    rows = page(tmp_path, result).tables[-2]
     assert [row[0] for row in rows] == ["arm", "teacher", "control", "kd"]
     assert rows[0][1:3] == ["same class as teacher (%)", "KL from teacher (nats)"]
     assert rows[1][1:3] == ["–", "–"] and rows[3][1:] == ["91.2 ± 1.5", "0.047 ± 0.009", "4.0"]
@@ -505,16 +507,48 @@ def test_without_answers_their_sections_are_left_out(tmp_path: Path) -> None:
     shown = page(tmp_path, result)
     for title in ("Class by class", "calibration", "Samples to look at"):
         assert title not in shown.text
-    assert len(shown.tables) == 3 and "How it was kept fair" in shown.text
+    assert len(shown.tables) == 4 and "How it was kept fair" in shown.text
 
 
 def test_without_a_teacher_calibration_is_still_told(tmp_path: Path) -> None:
-    rows = page(tmp_path, board({"kd": HELPS}, teacher=False)).tables[-1]
+    rows = page(tmp_path, board({"kd": HELPS}, teacher=False)).tables[-2]
     assert rows[0] == ["arm", "calibration error (points)"]
     assert [row[0] for row in rows[1:]] == ["control", "kd"]
 
 
 # --- fair, and what it took ---
+
+
+def test_what_the_teachers_cost_stands_beside_the_arms_that_have_one(tmp_path: Path) -> None:
+    rows = page(tmp_path, board({"kd": HELPS})).tables[-1]
+    assert rows[1:] == [["kd", "3.2", "1.5", "live, channels_last"]]
+
+
+def test_other_conditions_and_earlier_stages_have_a_table_of_their_own(tmp_path: Path) -> None:
+    result = board({"kd": (1.0, 2.0, 3.0), "skipped": UNSURE})
+    assert "What else was scored" not in page(tmp_path, result).text
+    control, kd, skipped = result["arms"]
+    for row, gain in ((control, 0.0), (kd, 2.0), (skipped, 1.0)):
+        for seed, scores in enumerate(row["all"]):
+            scores["noisy.accuracy"] = 50.0 + seed + gain
+            scores["noisy.other"] = 1.0
+    for row, score in ((control, 0.5), (kd, 0.75)):
+        row["stages"] = [{"name": "student", "metric": "test.psnr", "scores": [score] * 3}]
+    shown = page(tmp_path, result)
+    (table,) = [rows for rows in shown.tables if "noisy" in rows[0]]
+    assert table[0] == ["arm", "student: psnr", "difference", "noisy", "difference"]
+    assert table[1] == ["control", "0.500 ± 0.000", "–", "51.0 ± 1.0", "–"]
+    assert table[2] == ["kd", "0.750 ± 0.000", "+0.250 ± 0.000", "53.0 ± 1.0", "+2.0 ± 0.0"]
+    assert table[3] == ["skipped", "–", "–", "52.0 ± 1.0", "+1.0 ± 0.0"]
+
+
+def test_what_methods_watch_is_drawn_below_their_losses(tmp_path: Path) -> None:
+    result = board({"kd": HELPS})
+    for records in result["arms"][1]["curves"]:
+        for record in records:
+            record["figures"] = {"dpk.ratio": 0.5 / (record["epoch"] + 1)}
+    lines = page(tmp_path, result).lines
+    assert list(lines)[-1] == "dpk.ratio by epoch" and len(lines["dpk.ratio by epoch"]) == 3 + 1
 
 
 def test_the_tests_in_full_are_corrected_for_the_number_of_arms(tmp_path: Path) -> None:

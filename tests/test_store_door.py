@@ -9,7 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from limbeck import cli, recipe
+from limbeck.board import Board
+from limbeck.core.batch import Batch
 from limbeck.core.refused import Refused
+from limbeck.core.taps import Seen
+from limbeck.core.teachers import Frozen
 from limbeck.run import Run
 
 MODELS: dict[str, Any] = {
@@ -97,3 +101,72 @@ def test_a_store_cannot_learn(
     said(monkeypatch, capsys, "store", "write", live, "--out", tmp_path / "store")
     with pytest.raises(Refused, match="'teacher' is a teacher without a network"):
         trained(kept(tmp_path / "store"), [{"learner": "teacher", "epochs": 1}], tmp_path / "run")
+
+
+# --- store = "auto" ---
+
+AUTO: dict[str, Any] = {**MODELS, "teacher": {**MODELS["teacher"], "store": "auto"}}
+TAUGHT = {"learner": "teacher", "epochs": 1, "batch": 256}
+
+
+def test_the_arms_of_a_board_ask_the_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = recipe.parse({"data": "digits", "models": AUTO, "stages": [TAUGHT, LEARNS]})
+    arms = {"kd": {}, "dkd": {"terms": [{"method": "dkd"}]}, "hint": {"terms": [{"method": "fitnet"}]}}
+    table = Board(plan, arms, [0, 1], tmp_path / "board")
+    assert list(table.takes) == ["teacher's answers", "teacher's answers and stage2"]
+    asked: dict[str, int] = {}
+    ask = Frozen.__call__
+
+    def counted(self: Frozen, batch: Batch) -> Seen:
+        assert table._run is not None
+        name = table._run.folder.parent.name
+        asked[name] = asked.get(name, 0) + batch.rows
+        return ask(self, batch)
+
+    monkeypatch.setattr(Frozen, "__call__", counted)
+    for _ in table.moments():
+        pass
+    rows = 2 * 2 * (len(table._run.lab.splits.train) // 128 * 128)  # type: ignore[union-attr]
+    assert asked == {"kd": rows, "hint": rows}, "dkd reads what kd was told"
+    assert sum(p.stat().st_size for p in (tmp_path / "board" / "stores").rglob("*.bin")) == sum(
+        table.takes.values()
+    )
+    result = table.result()
+    how = {arm["name"]: arm["how"] for arm in result["arms"]}
+    assert how["control"] == [] and how["kd"][0].startswith("stored as it answers, 20 bytes a sample; live")
+
+
+def test_the_disk_it_takes_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'data = "digits"\nmodels = { teacher = { name = "cnn", store = "auto" }, student = "cnn" }\n'
+        '[[stages]]\nlearner = "teacher"\nepochs = 1\n'
+        '[[stages]]\nlearner = "student"\nepochs = 1\nterms = ["kd"]\n'
+    )
+    out = said(monkeypatch, capsys, "run", plan, "--out", tmp_path / "run")
+    place = tmp_path / "run" / "stores"
+    line = f"teacher's answers, stored as they are given, will take 25.3 kB in {place}."
+    assert line in out and out.index(line) < out.index("epoch 1")
+    assert [store.name.partition("-")[0] for store in place.iterdir()] == ["teacher"]
+
+
+def test_what_a_student_reads_is_what_the_first_one_learned_from(tmp_path: Path) -> None:
+    first = trained(AUTO, [TAUGHT, LEARNS], tmp_path / "first")
+    (store,) = (tmp_path / "first" / "stores").iterdir()
+    weights = {"weights": str(tmp_path / "first" / "teacher.safetensors")}
+    trained(kept(store), [LEARNS], tmp_path / "read")
+    again = {**AUTO, "teacher": {**AUTO["teacher"], **weights}}
+    trained(again, [LEARNS], tmp_path / "anew")
+    a, b, c = (load_file(tmp_path / name / "student.safetensors") for name in ("first", "read", "anew"))
+    assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
+    assert first.result is not None
+    assert first.result["stages"][1]["asking"] > 0
+
+
+def test_a_method_that_needs_the_live_teacher_is_refused_by_name(tmp_path: Path) -> None:
+    needs = {**LEARNS, "terms": [{"method": "ofd"}]}
+    with pytest.raises(Refused, match="'ofd' needs teacher_model"):
+        trained(AUTO, [TAUGHT, needs], tmp_path / "run")
+    assert not (tmp_path / "run").exists()

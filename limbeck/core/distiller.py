@@ -12,6 +12,7 @@ wrap it whole.
 import copy
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from limbeck.core.task import Task, labelled_cross_entropy
 from limbeck.core.teachers import Frozen, Teacher
 
 TaskLoss = Callable[[Seen, Batch], Tensor]
-_TRACED = ("show", "ask", "losses")
+_TRACED = ("show", "_heard", "losses")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class Distiller(nn.Module):
         self.task, self.task_weight = task.loss if isinstance(task, Task) else task, task_weight
         self._whole = ["task"] if isinstance(task, Task) and not task.per_sample else []
         self.seed = seed
+        self.asking = 0.0
+        """Seconds spent on asking the teachers; on an accelerator, which works on by itself, too few."""
         self._tapped = Tapped(student, taps, called)
         self._views: list[View | None] = [view]
         self._teachers: list[Teacher] = []
@@ -165,7 +168,10 @@ class Distiller(nn.Module):
     def ask(self, batch: Batch, shown: list[tuple[Seen, Batch]]) -> Sight:
         """What the student has shown beside what the teachers say, or show where nobody reads what they
         say."""
-        return Sight(shown, [t(batch) if read else t.at_taps(batch) for t, read in self._asked])
+        began = time.perf_counter()
+        sight = Sight(shown, self._heard(batch))
+        self.asking += time.perf_counter() - began
+        return sight
 
     def look(self, names: Iterable[str]) -> None:
         """Show these taps of the student too: somebody else learns from them."""
@@ -244,6 +250,9 @@ class Distiller(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not compiled: its traces would still train the original."""
         return {name: value for name, value in self.__dict__.items() if name not in _TRACED}
+
+    def _heard(self, batch: Batch) -> list[Seen]:
+        return [t(batch) if read else t.at_taps(batch) for t, read in self._asked]
 
     # --- assembly ---
 

@@ -112,6 +112,11 @@ class Scheme(ABC):
     def teachers(self) -> tuple[Teacher, ...]:
         return ()
 
+    @property
+    def asking(self) -> float:
+        """Seconds that lessons spent on asking their teachers so far."""
+        return sum(float(getattr(module, "asking", 0.0)) for module in self.modules().values())
+
     def refuse_cut(self) -> str | None:
         """The name of a loss that cannot be cut into micro-batches because it compares rows; None when all
         can."""

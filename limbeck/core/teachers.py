@@ -44,6 +44,10 @@ class Teacher(ABC):
         """The eager dry call, which also notices taps changed in place."""
         return self(batch)
 
+    def how(self) -> str:
+        """By which way it answers, in words."""
+        return "live"
+
     def follow(self) -> None:  # noqa: B027 (only means move)
         """Move after a step, if this teacher is one that moves."""
 
@@ -96,7 +100,7 @@ class Frozen(Teacher):
         self.fold, self.channels_last, self.stop = fold, channels_last, stop
         self.fast: Fast | None = None
         """The shorter way that answers take, once it was looked for and found."""
-        self._sought = False
+        self._sought = self._left = False
         self._modules = list(model.modules())
 
     def __call__(self, batch: Batch) -> Seen:
@@ -124,8 +128,15 @@ class Frozen(Teacher):
         self.fast, self._sought = None, False
         self.tapped.look(names)
 
+    def how(self) -> str:
+        short = [] if self.fast is None else [str(self.fast)]
+        left = ["left after its last tap"] if self._left else []
+        half = [] if self.precision is None else [str(self.precision).removeprefix("torch.")]
+        return ", ".join(["live", *short, *left, *half])
+
     def _ask(self, batch: Batch, until_seen: bool) -> Seen:
         shown = batch if self.view is None else self.view(batch)
+        self._left = until_seen
         with torch.no_grad():  # not inference_mode: a loss may have to save the answers for its backward
             return self._answer(shown.x, partial(self._run, until_seen=until_seen))
 
@@ -236,6 +247,9 @@ class MeanOf(Teacher):
     def check(self, batch: Batch) -> Seen:
         return self.mean.check(batch)
 
+    def how(self) -> str:
+        return "live, a running mean"
+
     def look(self, names: Iterable[str]) -> None:
         self.mean.look(names)
 
@@ -300,6 +314,9 @@ class Peer(Teacher):
     def look(self, names: Iterable[str]) -> None:
         self.tapped.look(names)
 
+    def how(self) -> str:
+        return "what it shows in its own lesson"
+
     def check(self, batch: Batch) -> Seen:
         with torch.no_grad(), unmoved(self.model), forked("dry run", self.called):
             return self.tapped.check(self.example.x)
@@ -339,6 +356,9 @@ class Ensemble(Teacher):
                 f"An ensemble of teachers has no tap '{names[0]}': it mixes answers only; give the method "
                 "one of its teachers, or all of them as `teachers`."
             )
+
+    def how(self) -> str:
+        return f"{len(self.teachers)} together: {'; '.join(teacher.how() for teacher in self.teachers)}"
 
     def follow(self) -> None:
         for teacher in self.teachers:

@@ -81,6 +81,10 @@ class Header:
         return json.dumps(said, indent=1)
 
 
+class Absent(Refused):
+    """A sample without an answer: the lesson did not show it in that epoch."""
+
+
 class Store:
     """The answers in a folder, read-only. One shard is mapped at a time: memory does not grow with the store.
 
@@ -122,7 +126,7 @@ class Store:
     def records(self, epoch: int, index: Int[np.ndarray, " b"]) -> np.ndarray:
         """The records of some samples, in the order asked for."""
         records, present = self._shard(epoch)
-        if len(index) and (index.min() < 0 or index.max() >= self.header.samples):
+        if len(index) and index.astype(np.uint64).max() >= self.header.samples:  # a number below 0 is huge
             raise Refused(
                 f"Sample {index.min() if index.min() < 0 else index.max()} was asked of {self.folder}, which "
                 f"holds samples 0 to {self.header.samples - 1}; use the data set it was written for."
@@ -130,7 +134,7 @@ class Store:
         if present is not None:
             there = (present[index >> 3] >> (index & 7)) & 1
             if not there.all():
-                raise Refused(
+                raise Absent(
                     f"{self.folder} has no answer for sample {index[there == 0][0]} in epoch {epoch}; a "
                     f"lesson must show the batches it was written with (batch = {self.header.batch}, seed = "
                     f"{self.header.seed})."

@@ -97,6 +97,12 @@ def write(
     header = plan(teacher, loader, kind=kind, top=top, taps=taps, device=device)
     if (folder / NOTE).exists():
         _refuse_other(folder, header, loader, teacher)
+    refuse_full(folder, header, epochs)
+    return _written(folder, header, teacher, loader, epochs, device)
+
+
+def refuse_full(folder: Path, header: Header, epochs: Sequence[int]) -> None:
+    """Refuse to take more than half of what is free on the disk."""
     ahead = [epoch for epoch in epochs if not (folder / f"{epoch:06d}.bin").exists()]
     need, near = len(ahead) * header.shard_bytes, folder.absolute()
     near = next(place for place in (near, *near.parents) if place.exists())
@@ -107,7 +113,6 @@ def write(
             f"more than half; store fewer epochs than {len(ahead)}, keep less of an answer than "
             f"{header.record.itemsize} bytes (kind = 'top'), or name a folder on another disk."
         )
-    return _written(folder, header, teacher, loader, epochs, device)
 
 
 def plan(
@@ -189,9 +194,9 @@ def verify(
 def _written(
     folder: Path, header: Header, teacher: Teacher, loader: Loader, epochs: Sequence[int], device: str
 ) -> Iterator[Progress]:
-    with _on_disk(folder):
+    with on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _begin(folder, header, loader, teacher)
+        begin(folder, header, loader, teacher)
     began, asked, rows = time.monotonic(), 0, _mine(loader)
     for place, epoch in enumerate(epochs):
         for new, done in _part(folder, header, teacher, loader, epoch, device):
@@ -205,9 +210,9 @@ def _part(
 ) -> Iterator[tuple[int, int]]:
     """One epoch's rows of this rank: (rows asked for just now, rows of the epoch done)."""
     part = folder / f"{epoch:06d}.part-{loader.rank}-of-{loader.ranks}"
-    with _alone(part, f"epoch {epoch} of {folder}"):
+    with alone(part, f"epoch {epoch} of {folder}"):
         if not (folder / f"{epoch:06d}.json").exists():
-            with _shard(folder, epoch, header.shard_bytes) as shard:
+            with shard_file(folder, epoch, header.shard_bytes) as shard:
                 yield from _recorded(folder, header, teacher, loader, epoch, device, part, shard)
     yield 0, _mine(loader)
 
@@ -222,29 +227,29 @@ def _recorded(
     part: Path,
     shard: int,
 ) -> Iterator[tuple[int, int]]:
-    done, present = _progress(part, header.samples)
+    done, present = progress_of(part, header.samples)
     noted = time.monotonic()
     try:
         for batch in _batches(loader, epoch, done, present):
             assert batch.index is not None
             records = encode(header.fields, _answer(teacher, batch, header.fields, device))
-            with _on_disk(folder):
+            with on_disk(folder):
                 for row, what in zip(batch.index.tolist(), records, strict=True):
                     if not present[row]:  # a row that comes twice is the first's
-                        _put(shard, what.tobytes(), row * header.record.itemsize)
+                        put(shard, what.tobytes(), row * header.record.itemsize)
                         present[row] = True
                 done += 1
                 if time.monotonic() - noted > NOTED:
-                    _keep(shard, part, done, present)
+                    note_progress(shard, part, done, present)
                     noted = time.monotonic()
             yield batch.rows, int(present.sum())
     except (GeneratorExit, KeyboardInterrupt):
         with suppress(OSError):
-            _keep(shard, part, done, present)
+            note_progress(shard, part, done, present)
         raise
-    with _on_disk(folder):
-        _keep(shard, part, loader.steps + 1, present)
-        _seal(folder, header, loader, epoch, shard)
+    with on_disk(folder):
+        note_progress(shard, part, loader.steps + 1, present)
+        seal(folder, header, loader, epoch, shard)
 
 
 def _mine(loader: Loader) -> int:
@@ -288,7 +293,7 @@ def _tensors(seen: Seen, names: Sequence[str]) -> dict[str, torch.Tensor]:
 # --- on the disk ---
 
 
-def _begin(folder: Path, header: Header, loader: Loader, teacher: Teacher) -> None:
+def begin(folder: Path, header: Header, loader: Loader, teacher: Teacher) -> None:
     """Write the header, unless another process has just done so."""
     mine = folder / f"{NOTE}.{os.getpid()}"
     _place(mine, header.text().encode())
@@ -318,12 +323,12 @@ def _how(header: Header) -> dict[str, object]:
 
 
 @contextmanager
-def _shard(folder: Path, epoch: int, size: int) -> Iterator[int]:
+def shard_file(folder: Path, epoch: int, size: int) -> Iterator[int]:
     """The shard's file, open, with all of its place on the disk taken."""
-    with _on_disk(folder):
+    with on_disk(folder):
         shard = os.open(folder / f"{epoch:06d}.bin", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with _on_disk(folder):
+        with on_disk(folder):
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(shard, 0, size)
             else:
@@ -333,19 +338,19 @@ def _shard(folder: Path, epoch: int, size: int) -> Iterator[int]:
         os.close(shard)
 
 
-def _put(shard: int, data: bytes, at: int) -> None:
+def put(shard: int, data: bytes, at: int) -> None:
     while data:
         count = os.pwrite(shard, data, at)
         data, at = data[count:], at + count
 
 
-def _keep(shard: int, part: Path, done: int, present: np.ndarray) -> None:
+def note_progress(shard: int, part: Path, done: int, present: np.ndarray) -> None:
     """The records first, then the note that they are there: a power cut leaves no promise of what is not."""
     os.fsync(shard)
     _place(part, done.to_bytes(8, "little") + _bits(present))
 
 
-def _progress(part: Path, samples: int) -> tuple[int, np.ndarray]:
+def progress_of(part: Path, samples: int) -> tuple[int, np.ndarray]:
     """Batches done and rows present; none of either where no whole note is."""
     data = part.read_bytes() if part.exists() else b""
     if len(data) != 8 + math.ceil(samples / 8):
@@ -358,18 +363,18 @@ def _bits(present: np.ndarray) -> bytes:
     return np.packbits(present, bitorder="little").tobytes()
 
 
-def _seal(folder: Path, header: Header, loader: Loader, epoch: int, shard: int) -> None:
+def seal(folder: Path, header: Header, loader: Loader, epoch: int, shard: int) -> None:
     """Make the shard part of the store, if this was its last part."""
     from fcntl import LOCK_EX, flock  # late: who only reads needs no locks
 
     name = f"{epoch:06d}"
     parts = [folder / f"{name}.part-{rank}-of-{loader.ranks}" for rank in range(loader.ranks)]
     flock(shard, LOCK_EX)  # two ranks may end at once
-    found = [_progress(part, header.samples) for part in parts]
+    found = [progress_of(part, header.samples) for part in parts]
     if (folder / f"{name}.json").exists() or any(done <= loader.steps for done, _ in found):
         return
     present = np.logical_or.reduce([rows for _, rows in found])
-    _put(shard, _bits(present), header.samples * header.record.itemsize)
+    put(shard, _bits(present), header.samples * header.record.itemsize)
     os.fsync(shard)
     said = {
         "epoch": epoch,
@@ -383,12 +388,12 @@ def _seal(folder: Path, header: Header, loader: Loader, epoch: int, shard: int) 
 
 
 @contextmanager
-def _alone(part: Path, called: str) -> Iterator[None]:
+def alone(part: Path, called: str) -> Iterator[None]:
     """Nobody else writes this part; a process that dies lets go of it."""
     from fcntl import LOCK_EX, LOCK_NB, flock
 
     path = part.with_name(f"{part.name}.lock")
-    with _on_disk(part.parent):
+    with on_disk(part.parent):
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -419,7 +424,7 @@ def _place(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _on_disk(folder: Path) -> Iterator[None]:
+def on_disk(folder: Path) -> Iterator[None]:
     """An OSError becomes a sentence."""
     try:
         yield

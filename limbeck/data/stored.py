@@ -60,6 +60,9 @@ class Stored(Teacher):
     def through(self, x: Any) -> Seen:
         raise Refused(f"The {self.called} is stored, so no gradient passes through it; use it live.")
 
+    def how(self) -> str:
+        return f"from a store, {self.store.header.record.itemsize} bytes a sample"
+
     def look(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self.store.taps:

@@ -1,0 +1,210 @@
+"""A live teacher whose answers are stored as it gives them, and read where they are already there.
+
+The first student that learns under it pays for it; those that follow, in the same lesson under the same
+views, read. All learn from the very same numbers: what is handed on is always what the store gives back.
+"""
+
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from limbeck.core.batch import Batch
+from limbeck.core.refused import Refused
+from limbeck.core.taps import Seen
+from limbeck.core.teachers import Teacher
+from limbeck.data.loader import Loader
+from limbeck.data.records import encode
+from limbeck.data.store import Absent, Header, Store
+from limbeck.data.store_write import (
+    NOTED,
+    alone,
+    begin,
+    note_progress,
+    on_disk,
+    plan,
+    progress_of,
+    refuse_full,
+    seal,
+    shard_file,
+)
+
+TAPS_AS = "float16"
+"""How tapped features are kept."""
+
+
+class Keeping(Teacher):
+    """Args:
+        teacher: who answers what is not stored yet; it must stand still (`Frozen`, or an `Ensemble`).
+        loader: whose batches it is shown.
+        place: the folder for stores, each of which has a folder of its own there: what is asked of another
+            teacher, under other views or of other taps is another store. None: nothing is written.
+        called: its name, which a store's folder begins with.
+
+    Answers are kept as `limbeck.data.store_write.write` does by default. Methods that need the live teacher
+    refuse it by name, as they do a `Stored` one. Where another process is writing the same epoch this one
+    only answers.
+    """
+
+    offers: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self, teacher: Teacher, loader: Loader, place: Path | None, called: str = "teacher"
+    ) -> None:
+        self.teacher, self.loader, self.place, self.called = teacher, loader, place, called
+        self._names: tuple[str, ...] = ()
+        self._planned: Header | None = None
+        self._shard: _Shard | None = None
+
+    @property
+    def header(self) -> Header:
+        """What is kept of whom."""
+        if self._planned is None:
+            taps = dict.fromkeys(self._names, TAPS_AS)
+            self._planned = plan(self.teacher, self.loader, taps=taps)
+        return self._planned
+
+    @property
+    def folder(self) -> Path | None:
+        """Where this very lesson's answers are."""
+        key = sha256(self.header.text().encode()).hexdigest()[:12]
+        return None if self.place is None else self.place / f"{self.called}-{key}"
+
+    @property
+    def kept(self) -> str:
+        """What is kept of whom, in words."""
+        return f"{self.called}'s {' and '.join(['answers', *self._names])}"
+
+    @property
+    def bytes(self) -> int:
+        """What all epochs of the lesson take on the disk."""
+        return self.header.shard_bytes * self.loader.epochs
+
+    # A compiler cannot follow a look into a file.
+    @torch.compiler.disable
+    def __call__(self, batch: Batch) -> Seen:
+        assert batch.index is not None
+        index = batch.index.cpu().numpy()
+        shard = self._of(batch.lesson.epoch)
+        found = None if shard is None else shard.read(index)
+        if found is None:
+            found = self._recorded(self.teacher(batch))
+            if shard is not None:
+                shard.write(index, found, last=(batch.lesson.step + 1) % self.loader.steps == 0)
+        return self._seen(found, batch)
+
+    def through(self, x: Any) -> Seen:
+        raise Refused(
+            f"The {self.called} is stored as it answers, so no gradient passes through it; leave its `store` "
+            "out."
+        )
+
+    def look(self, names: Iterable[str]) -> None:
+        names = [name for name in names if name not in self._names]
+        self.teacher.look(names)
+        self._names, self._planned = (*self._names, *names), None
+
+    def check(self, batch: Batch) -> Seen:
+        rows = batch.rows if batch.index is None else len(batch.index.unique())
+        if batch.index is None or rows < batch.rows:
+            raise Refused(
+                f"The {self.called} is shown {batch.rows} rows of {rows} samples at once, and a store keeps "
+                "one answer for each; leave its `store` out."
+            )
+        if (folder := self.folder) is not None:
+            refuse_full(folder, self.header, range(self.loader.epochs))
+        return self._seen(self._recorded(self.teacher.check(batch)), batch)
+
+    def how(self) -> str:
+        return f"stored as it answers, {self.header.record.itemsize} bytes a sample; {self.teacher.how()}"
+
+    def _of(self, epoch: int) -> "_Shard | None":
+        """The shard of an epoch; None where nothing is to be written."""
+        folder = self.folder if self._shard is None else self._shard.folder
+        if folder is None:
+            return None
+        if self._shard is None:
+            with on_disk(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                begin(folder, self.header, self.loader, self.teacher)
+        if self._shard is None or self._shard.epoch != epoch:
+            self._shard = _Shard(folder, self.header, self.loader, epoch)
+        return self._shard
+
+    def _recorded(self, seen: Seen) -> np.ndarray:
+        tensors = {"out": seen.out, **{name: seen.at[name] for name in self._names}}
+        return encode(self.header.fields, tensors)
+
+    def _seen(self, found: np.ndarray, batch: Batch) -> Seen:
+        first = next(iter(batch.x.values())) if isinstance(batch.x, dict) else batch.x
+        told = {
+            field.name: field.decode(found).to(first.device, non_blocking=True)
+            for field in self.header.fields
+        }
+        tokens = isinstance(batch.x, dict) and "attention_mask" in batch.x
+        return Seen(told.pop("out"), told, batch.x["attention_mask"].bool() if tokens else None)
+
+
+class _Shard:
+    """One epoch of a store that is being written, or is there already."""
+
+    def __init__(self, folder: Path, header: Header, loader: Loader, epoch: int) -> None:
+        self.folder, self.header, self.loader, self.epoch = folder, header, loader, epoch
+        self._part = folder / f"{epoch:06d}.part-0-of-1"
+        self._open = ExitStack()
+        self._store: Store | None = None
+        self._records: np.ndarray | None = None
+        if (folder / f"{epoch:06d}.json").exists():
+            self._found()
+            return
+        try:
+            self._open.enter_context(alone(self._part, f"epoch {epoch} of {folder}"))
+        except Refused:
+            return  # another process has it
+        self._file = self._open.enter_context(shard_file(folder, epoch, header.shard_bytes))
+        with on_disk(folder):
+            _, self._present = progress_of(self._part, header.samples)
+            whole = np.memmap(folder / f"{epoch:06d}.bin", np.uint8, "r+")
+        self._records = whole[: header.samples * header.record.itemsize].view(header.record)
+        self._noted = time.monotonic()
+
+    def read(self, index: np.ndarray) -> np.ndarray | None:
+        """The records of these samples; None unless all are there."""
+        if self._store is not None:
+            try:
+                return self._store.records(self.epoch, index)
+            except Absent:
+                return None
+        if self._records is None or not self._present[index].all():
+            return None
+        return np.asarray(self._records.take(index))
+
+    def write(self, index: np.ndarray, found: np.ndarray, last: bool) -> None:
+        """Put records where they belong; `last`: they are of the epoch's last batch."""
+        if self._records is None:
+            return
+        self._records[index] = found
+        self._present[index] = True
+        with on_disk(self.folder):
+            if last and self._present[self._last_rows()].all():
+                note_progress(self._file, self._part, self.loader.steps + 1, self._present)
+                seal(self.folder, self.header, self.loader, self.epoch, self._file)
+                self._open.close()
+                self._records = None
+                self._found()
+            elif time.monotonic() - self._noted > NOTED:
+                note_progress(self._file, self._part, 0, self._present)
+                self._noted = time.monotonic()
+
+    def _found(self) -> None:
+        self._store = Store(self.folder)
+
+    def _last_rows(self) -> np.ndarray:
+        last = self.loader.at((self.epoch + 1) * self.loader.steps - 1).index
+        assert last is not None
+        return last.numpy()
