@@ -174,7 +174,8 @@ class Lab:
                 f"`accumulate` to {loader.batch} or less, or a larger `batch`."
             )
         data, rows = loader.data, loader.batch
-        _shown(stage.augment, Batch(data.x[:rows], data.y[:rows], torch.arange(rows), loader.lesson(0, 0)))
+        first = Batch(data.x[:rows], data.y[:rows], torch.arange(rows), loader.lesson(0, 0))
+        _shown(stage.augment, first.to(data.x.device))
         example, classes = loader.at(0), len(data.classes)
         if example.y is not None and int(example.y.max()) >= classes:
             raise Refused(
@@ -222,7 +223,7 @@ class Lab:
             data = replace(data, x=data.x[kept], y=data.y[kept])
         augment = _view(stage.augment)
         return Loader(
-            data,
+            data.on(self.device),
             stage.batch,
             seed=self.seed,
             epochs=stage.epochs,

@@ -53,9 +53,7 @@ class Keeping(Teacher):
 
     offers: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(
-        self, teacher: Teacher, loader: Loader, place: Path | None, called: str = "teacher"
-    ) -> None:
+    def __init__(self, teacher: Teacher, loader: Loader, place: Path | None, called: str = "teacher") -> None:
         self.teacher, self.loader, self.place, self.called = teacher, loader, place, called
         self._names: tuple[str, ...] = ()
         self._planned: Header | None = None

@@ -60,8 +60,18 @@ class Data:
     def to_float(self, x: Tensor) -> Tensor:
         """Rows of `x` as models see them, in torch's default dtype."""
         x = x.to(torch.get_default_dtype(), copy=True).mul_(self.scale)
-        mean, std = (torch.as_tensor(v).reshape(-1, *[1] * (x.ndim - 2)) for v in (self.mean, self.std))
+        mean, std = (
+            torch.as_tensor(v, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
+            for v in (self.mean, self.std)
+        )
         return x.sub_(mean).div_(std)  # in the one copy: room for each step's result costs more than the step
+
+    def on(self, device: torch.device) -> "Data":
+        """The same samples, with `x` on an accelerator if it takes at most half of what is free there, so that
+        batches are cut and changed where they are needed; else as they are."""
+        if device.type != "cuda" or self.x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+            return self
+        return replace(self, x=self.x.to(device))
 
     def standardised(self) -> "Data":
         """The same samples, which must be uint8; `mean` and `std` are now those of each of their channels,
@@ -232,8 +242,10 @@ class Loader:
             yield self.rows(index, self.lesson(0, 0))
 
     def rows(self, index: Int[Tensor, " b"], lesson: Lesson, augment: Sequence[View] = ()) -> Batch:
-        x = self.data.x.index_select(0, index)  # copies whole samples; `x[index]` would go number by number
-        batch = Batch(x, self.data.y[index], index, lesson)
+        home = self.data.x.device
+        here = index.to(home)
+        x = self.data.x.index_select(0, here)  # copies whole samples; `x[index]` would go number by number
+        batch = Batch(x, self.data.y[index].to(home), here, lesson)
         for view in augment:
             batch = view(batch)
         return batch.replace(x=self.data.to_float(batch.x))

@@ -345,3 +345,10 @@ def test_streams_over_the_same_samples_do_not_walk_in_step() -> None:
     drawn = list(both.epoch(0))
     assert [b["weak"].index.tolist() for b in drawn] != [b["strong"].index.tolist() for b in drawn]
     assert torch.equal(both.at(2)["weak"].index, drawn[2]["weak"].index)
+
+
+def test_data_goes_to_an_accelerator_only_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Data(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.zeros(10).long(), ("a",))
+    assert data.on(torch.device("cpu")) is data
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2 * data.x.nbytes - 1, 10**9))
+    assert data.on(torch.device("cuda")) is data
