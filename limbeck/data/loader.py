@@ -67,8 +67,8 @@ class Data:
         return x.sub_(mean).div_(std)  # in the one copy: room for each step's result costs more than the step
 
     def on(self, device: torch.device) -> "Data":
-        """The same samples, with `x` on an accelerator if it takes at most half of what is free there, so that
-        batches are cut and changed where they are needed; else as they are."""
+        """The same samples, with `x` on an accelerator if it takes at most half of what is free there, so
+        that batches are cut and changed where they are needed; else as they are."""
         if device.type != "cuda" or self.x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             return self
         return replace(self, x=self.x.to(device))

@@ -1,7 +1,10 @@
 """A transform of another library (torchvision's `transforms.v2`, `kornia.augmentation`, or your own), as a
 view that can be shown again.
 
-    augment = [{ name = "transform", of = "torchvision.transforms.v2:RandomRotation", knobs = { degrees = 10 } }]
+    [[stages.augment]]
+    name = "transform"
+    of = "torchvision.transforms.v2:RandomRotation"
+    knobs = { degrees = 10 }
 
 Such a transform draws from torch's global generator. So each image is shown to it alone, with that generator
 seeded by (seed, epoch, index): an image looks the same whatever batch, process or run it comes in. That takes
@@ -33,14 +36,13 @@ def transform(batch: Batch, of: str, knobs: dict[str, Any] | None = None) -> Bat
         with forked(batch.lesson.seed, batch.lesson.epoch, row, "transform", of):
             shown = change(image)
         if not isinstance(shown, Tensor) or shown.numel() == 0 or shown.dtype != x.dtype:
-            found = (
-                f"{shown.dtype} {tuple(shown.shape)}" if isinstance(shown, Tensor) else type(shown).__name__
-            )
+            tensor = isinstance(shown, Tensor)
+            found = f"{shown.dtype} {tuple(shown.shape)}" if tensor else type(shown).__name__
             raise Refused(
                 f"The transform {of} gives {found} for an image {x.dtype} {tuple(image.shape)}, expected an "
-                "image of the same dtype; let it give tensors, or put it where values are of the kind it makes."
+                "image of the same dtype; let it give tensors, or put it where values are of its kind."
             )
-        seen.append(torch.as_tensor(shown).reshape(1, *shown.shape[-3:]))
+        seen.append(shown.reshape(1, *shown.shape[-3:]))
     return batch.replace(x=torch.cat(seen))
 
 
@@ -51,8 +53,8 @@ def _made(of: str, knobs: str) -> Any:
         thing = getattr(importlib.import_module(module), name) if colon else None
     except (ImportError, AttributeError, RuntimeError) as error:
         raise Refused(
-            f"The transform {of} cannot be had ({str(error).splitlines()[0]}); install its package, or correct "
-            "the name."
+            f"The transform {of} cannot be had ({str(error).splitlines()[0]}); install its package, or "
+            "correct the name."
         ) from None
     if not callable(thing):
         raise Refused(
