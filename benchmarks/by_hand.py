@@ -3,7 +3,8 @@
 One loop for a student under a teacher, a criterion for each method, and a loop for two peers. Nothing of
 limbeck is imported; the networks are its ResNets, looked into by a forward that returns what is wanted.
 Formulas are those of the papers' official code, in plain autograd. Where that is wasteful in a way that one
-sees (CRD gathers a gigabyte a step) it is the better way: to beat a slow loop proves nothing.
+sees (CRD gathers a gigabyte a step) it is the better way: to beat a slow loop proves nothing. `GatheredCRD`
+is the official way, to be measured by itself.
 """
 
 import math
@@ -31,11 +32,25 @@ def under_teacher(student: Net, teacher: Net, criterion: "Criterion", weight: fl
         s = look(student, x, criterion.wants)
         with torch.no_grad():
             t = look(teacher, x, criterion.wants)
-        loss = F.cross_entropy(s["logits"], y) + weight * criterion(s, t, index)
+        loss = F.cross_entropy(s["logits"], y) + weight * criterion({**s, "labels": y}, t, index)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         criterion.after_step()
+        return loss.detach()
+
+    return step
+
+
+def alone(student: Net) -> Step:
+    """Cross-entropy, and no teacher."""
+    optimiser = sgd(student.train().parameters())
+
+    def step(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        loss = F.cross_entropy(student(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         return loss.detach()
 
     return step
@@ -60,6 +75,107 @@ def mutual(one: Net, other: Net) -> Step:
         return torch.stack(losses).detach().sum()
 
     return step
+
+
+def across(student: Net, teacher: Net, heads: int, width: int, grid: int) -> Step:
+    """CAKD (Liu et al. 2022) with its discriminator: the teacher is a vision transformer of limbeck.models
+    without a class token, of `grid` x `grid` patches, `width` wide."""
+    channels = widths(student)["stage3"]
+    to_qkv = nn.Conv2d(channels, 3 * width, 3, padding=1)
+    to_tokens = nn.ModuleList(nn.Linear(channels, width) for _ in range(math.ceil(grid / 4) ** 2))
+    group = torch.arange(grid)[:, None] // 4 * math.ceil(grid / 4) + torch.arange(grid) // 4
+    critic = nn.Sequential(
+        nn.Linear(width, width // 2),
+        nn.LeakyReLU(0.2),
+        nn.Linear(width // 2, width // 4),
+        nn.LeakyReLU(0.2),
+        nn.Linear(width // 4, 1),
+    )
+    student.train()
+    teacher.eval()
+    optimiser = sgd([*student.parameters(), *to_qkv.parameters(), *to_tokens.parameters()])
+    rival = sgd(critic.parameters())
+    caught: dict[str, Tensor] = {}
+    qkv = teacher.stages[-1][-1].attention.qkv
+    qkv.register_forward_hook(lambda module, given, shown: caught.update(qkv=shown))
+    teacher.stages[-1].register_forward_hook(lambda module, given, shown: caught.update(tokens=shown))
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def alike(v: Tensor) -> Tensor:
+        return v @ v.mT / math.sqrt(v.shape[-1])
+
+    def step(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        s = look(student, x, ("stage3",))
+        with torch.no_grad():
+            teacher(x)
+        theirs, there = split(caught["qkv"]), caught["tokens"]
+        shown = F.adaptive_avg_pool2d(s["stage3"], grid)
+        mine = split(to_qkv(shown).flatten(2).mT)
+        mixed = torch.where(torch.rand_like(mine) < 0.5, theirs, mine)
+        tokens = F.dropout(shown, 0.1).flatten(2).mT
+        here = torch.empty(len(x), grid * grid, width)
+        for number, linear in enumerate(to_tokens):
+            where = (group.flatten() == number).nonzero()[:, 0]
+            here = here.index_copy(1, where, linear(tokens[:, where]))
+
+        told = F.softplus(-critic(there.mean(1))).mean() + F.softplus(critic(here.detach().mean(1))).mean()
+        rival.zero_grad()
+        told.backward()
+        rival.step()
+
+        seen = (F.scaled_dot_product_attention(*x) for x in (mixed, theirs))
+        loss = F.cross_entropy(s["logits"], y) + F.mse_loss(*seen)
+        loss = loss + F.mse_loss(alike(mine[2]), alike(theirs[2])) + F.mse_loss(here, there)
+        loss = loss + 0.1 * F.softplus(-critic(here.mean(1))).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return step
+
+
+def hierarchy(student: Net, teacher: Net) -> Step:
+    """HSSAKD (Yang et al. 2021): four turns of every image, and at each stage a branch for class and turn."""
+    ours, theirs = Branches(student).train(), Branches(teacher).eval()
+    student.train()
+    teacher.eval()
+    optimiser = sgd([*student.parameters(), *ours.parameters()])
+    stages = ("stage1", "stage2", "stage3")
+
+    def apart(s: Tensor, t: Tensor) -> Tensor:
+        soft = F.kl_div((s / 3).log_softmax(1), (t / 3).softmax(1), reduction="batchmean")
+        return 9 * soft
+
+    def step(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        x = torch.stack([torch.rot90(x, k, (2, 3)) for k in range(4)], 1).flatten(0, 1)
+        s = look(student, x, stages)
+        with torch.no_grad():
+            t = look(teacher, x, stages)
+            told = theirs(t)
+        loss = F.cross_entropy(s["logits"][::4], y) + apart(s["logits"], t["logits"])
+        loss = loss + sum(apart(a, b) for a, b in zip(ours(s), told, strict=True))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return step
+
+
+class Branches(nn.Module):
+    """From each stage's map, layers like those that follow, and a head for class and turn."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.tails = nn.ModuleList(net.tail(i) for i in range(3))
+        self.heads = nn.ModuleList(nn.Linear(net.fc.in_features, 4 * net.fc.out_features) for _ in range(3))
+
+    def forward(self, seen: Looks) -> list[Tensor]:
+        parts = zip(self.tails, self.heads, ("stage1", "stage2", "stage3"), strict=True)
+        return [head(tail(seen[stage]).mean((2, 3))) for tail, head, stage in parts]
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -106,15 +222,35 @@ class KD(Criterion):
         return F.kl_div(mine, theirs, reduction="batchmean") * self.temperature**2
 
 
-class FitNet(Criterion):
-    wants = ("stage2",)
+class DKD(Criterion):
+    """The labelled class is taken from among the others by a logit that is 1,000 lower, as in mdistiller."""
 
-    def __init__(self, student: Net, teacher: Net) -> None:
-        super().__init__()
-        self.project = nn.Conv2d(widths(student)["stage2"], widths(teacher)["stage2"], 1)
+    alpha, beta, temperature = 1.0, 8.0, 4.0
 
     def forward(self, s: Looks, t: Looks, index: Tensor) -> Tensor:
-        return 0.5 * F.mse_loss(self.project(s["stage2"]), t["stage2"])
+        own = F.one_hot(s["labels"], s["logits"].shape[1]).to(s["logits"].dtype)
+        here, there = s["logits"] / self.temperature, t["logits"] / self.temperature
+        mine, theirs = (self.label_or_not(x.softmax(1), own) for x in (here, there))
+        target = F.kl_div(mine.log(), theirs, reduction="batchmean")
+        others = F.kl_div(
+            (here - 1000 * own).log_softmax(1), (there - 1000 * own).softmax(1), reduction="batchmean"
+        )
+        return (self.alpha * target + self.beta * others) * self.temperature**2
+
+    @staticmethod
+    def label_or_not(p: Tensor, own: Tensor) -> Tensor:
+        return torch.stack([(p * own).sum(1), (p * (1 - own)).sum(1)], dim=1)
+
+
+class FitNet(Criterion):
+    def __init__(self, student: Net, teacher: Net, stage: str = "stage2") -> None:
+        super().__init__()
+        self.wants = (stage,)
+        self.project = nn.Conv2d(widths(student)[stage], widths(teacher)[stage], 1)
+
+    def forward(self, s: Looks, t: Looks, index: Tensor) -> Tensor:
+        (stage,) = self.wants
+        return 0.5 * F.mse_loss(self.project(s[stage]), t[stage])
 
 
 class AT(Criterion):
@@ -194,12 +330,15 @@ class CRD(Criterion):
         return self.contrast(here, self.bank_t, pairs, 0) + self.contrast(there, self.bank_s, pairs, 1)
 
     def contrast(self, anchor: Tensor, bank: Tensor, pairs: Tensor, way: int) -> Tensor:
-        scores = (anchor @ bank.T).gather(1, pairs) / self.temperature
+        scores = self.alike(anchor, bank, pairs) / self.temperature
         if self.log_z[way].isinf():  # the first batch fixes it
             mean = scores.detach().flatten().logsumexp(0) - math.log(scores.numel())
             self.log_z[way] = mean + math.log(len(bank))
         odds = scores - self.log_z[way] - math.log(self.negatives / len(bank))
         return F.softplus(-odds[:, 0]).mean() + F.softplus(odds[:, 1:]).sum(1).mean()
+
+    def alike(self, anchor: Tensor, bank: Tensor, pairs: Tensor) -> Tensor:
+        return (anchor @ bank.T).gather(1, pairs)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -207,6 +346,14 @@ class CRD(Criterion):
         del self.shown
         for bank, seen in zip((self.bank_s, self.bank_t), shown, strict=True):
             bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * seen)
+
+
+class GatheredCRD(CRD):
+    """As in RepDistiller: a vector of the bank for each pair."""
+
+    def alike(self, anchor: Tensor, bank: Tensor, pairs: Tensor) -> Tensor:
+        vectors = bank.index_select(0, pairs.flatten()).view(*pairs.shape, -1)
+        return torch.bmm(vectors, anchor[:, :, None]).squeeze(2)
 
 
 class ReviewKD(Criterion):

@@ -144,14 +144,14 @@ class Lab:
         """A term with its teacher's taps chosen, where the recipe leaves that to clustering: once."""
         if use.pairs != "cluster" or use.weight == 0:
             return term
-        if len(term.teachers) > 1 or not isinstance(term.teachers[0], Frozen):
+        alone = self.teacher(use.teachers[0])  # its own: the lesson's need not show all blocks
+        if len(term.teachers) > 1 or isinstance(term.teachers[0], Peer) or not isinstance(alone, Frozen):
             raise Refused(
                 f"The layers of {' and '.join(use.teachers)} cannot be clustered for method '{use.method}': "
                 "that takes one network, which is done learning; name such a teacher, or its taps in `pairs`."
             )
         if place not in self.hints:
-            alone, names = self.teacher(use.teachers[0]), term.method.teacher_looks()
-            assert isinstance(alone, Frozen)
+            names = term.method.teacher_looks()
             with _theirs(f"The layers of '{use.teachers[0]}'", f"be clustered for method '{use.method}'"):
                 if self.rehearsal:
                     self.hints[place] = unasked(alone, next(self.images()), names, len(self.splits.train))

@@ -113,7 +113,7 @@ def _steps(it: Stage) -> list[str]:
 
 def _optim(spec: Optim) -> str:
     momentum = f", momentum {spec.momentum:g}{' (Nesterov)' if spec.nesterov and spec.momentum else ''}"
-    betas = f", betas {' and '.join(f'{beta:g}' for beta in spec.betas)}" if spec.betas != Optim().betas else ""
+    betas = "" if spec.betas == Optim().betas else f", betas {_value(spec.betas)}"
     course = f"{spec.schedule} schedule"
     if spec.schedule == "steps":
         course = f"times {spec.gamma:g} at {', '.join(f'{m:g}' for m in spec.milestones)} of the stage"
@@ -122,9 +122,10 @@ def _optim(spec: Optim) -> str:
     if spec.warmup:
         course += f" after a warm-up over {spec.warmup:g} of the stage"
     lower = f", times {spec.layer_decay:g} a block down from the head" if spec.layer_decay < 1 else ""
+    spared = "" if spec.decay_vectors else " but of biases and norms"
     return (
         f"{spec.name}, learning rate {spec.lr:g}{lower}{momentum if spec.name == 'sgd' else betas}, "
-        f"weight decay {spec.weight_decay:g}{'' if spec.decay_vectors else ' but of biases and norms'}, {course}"
+        f"weight decay {spec.weight_decay:g}{spared}, {course}"
     )
 
 

@@ -215,8 +215,8 @@ def _shares(marks: list[float]) -> list[float]:
     return marks
 
 
-def _below_one(betas: list[float]) -> list[float]:
-    if not all(0 <= beta < 1 for beta in betas):
+def _two_shares(betas: list[float]) -> list[float]:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError("expected two numbers from 0 up to below 1, such as 0.9 and 0.999")
     return betas
 
@@ -237,7 +237,7 @@ class Optim(Strict):
     lr: float = Field(0.1, gt=0, allow_inf_nan=False)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
-    betas: Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_below_one)] = [0.9, 0.999]
+    betas: Annotated[list[float], AfterValidator(_two_shares)] = [0.9, 0.999]
     weight_decay: float = Field(5e-4, ge=0, allow_inf_nan=False)
     decay_vectors: bool = True
     layer_decay: float = Field(1.0, gt=0, le=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import by_hand, memory, speed
+from benchmarks import by_hand, memory, scaling, speed
 from limbeck import registry
 from limbeck.core.refused import Refused
 from limbeck.knowledge.feature.fitnet import FitNet
@@ -65,6 +65,18 @@ def test_negatives_by_hand_are_of_other_classes() -> None:
     drawn = criterion.draw(index)
     for row, found in zip(index, drawn, strict=True):
         assert set(found.tolist()) == set((labels != labels[row]).nonzero()[:, 0].tolist())
+
+
+def test_gathered_scores_are_those_of_the_whole_bank() -> None:
+    batch, nets = TINY.batch(), (TINY.net(TINY.student), TINY.net(TINY.teacher))
+    one, other = (
+        kind(*nets, batch.lesson.labels, TINY.negatives).to(TINY.dtype)
+        for kind in (by_hand.CRD, by_hand.GatheredCRD)
+    )
+    other.load_state_dict(one.state_dict())
+    s, t = ({"pooled": torch.randn(6, by_hand.widths(net)["pooled"], dtype=TINY.dtype)} for net in nets)
+    one.dealt = other.dealt = one.draw(batch.index)
+    torch.testing.assert_close(one(s, t, batch.index), other(s, t, batch.index))
 
 
 # --- clocks and scales ---
@@ -134,6 +146,22 @@ def test_fails_only_when_it_is_sure() -> None:
     assert big == "a step of big takes 105.1 MB, by hand 100.0"
 
 
+def test_what_is_beyond_its_bound_fails() -> None:
+    steps = {"kd": step(0.9), "kd, compiled": step(0.9), "two peers": step(0.9)}
+    figures = speed.Figures({}, steps, promised={"crd loss (MB)": 60.0, "angles of 256 (MB)": 80.5})
+    assert figures.bounded() == {
+        "kd": (1.2, 0.87),
+        "kd, compiled": (1.2, 0.80),
+        "crd loss (MB)": (60.0, 60.0),
+        "angles of 256 (MB)": (80.5, 80.0),
+    }
+    assert figures.failures() == [
+        "kd is 1.200, expected 0.87 at most",
+        "kd, compiled is 1.200, expected 0.8 at most",
+        "angles of 256 (MB) is 80.500, expected 80.0 at most",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "verdict"), [("--rounds 9", 1), ("--rounds 8", 0), ("--quick --rounds 9", 0)]
 )
@@ -147,7 +175,7 @@ def test_losses_of_every_method_and_lens() -> None:
     costs = speed.loss_costs(replace(TINY, dtype=torch.float32), rounds=1)
     assert costs.keys() == {*registry.names("method"), *(f"kd through {n}" for n in registry.names("lens"))}
     measured = {name: cost for name, cost in costs.items() if isinstance(cost, speed.Loss)}
-    assert measured.keys() >= speed.WEIGHTS.keys()
+    assert measured.keys() >= speed.WEIGHTS.keys() & costs.keys()
     assert all(cost.ms > 0 and cost.mb > 0 for cost in measured.values())
     # Student logits softened, teacher's softened, and so on: a handful of (rows, classes).
     logits = TINY.rows * TINY.classes * 4 / 1e6
@@ -177,6 +205,47 @@ def test_the_whole_run(
     assert len(kept["setting"]["commit"].removesuffix("-dirty")) == 40
     out = capsys.readouterr().out
     assert "two peers" in out and "ours MB" in out
+
+
+def test_every_promise_is_measured_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "READ", 500)
+    angles = speed.angles
+    monkeypatch.setattr(speed, "angles", lambda rounds: named(angles(rounds, (12, 24))))
+
+    def named(found: dict[str, float]) -> dict[str, float]:
+        return {name.replace("12", "256").replace("24", "512"): value for name, value in found.items()}
+
+    small = replace(TINY, classes=12, dtype=torch.float32)
+    found = {name: v for group in speed.GROUPS for name, v in speed.promised(group, small, 1).items()}
+    assert found.keys() == speed.BOUNDS.keys() - speed.WEIGHTS.keys() - {"compiled"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_stored_answers_spare_the_teacher() -> None:
+    """Where the teacher is most of a step."""
+    big = replace(TINY, teacher="resnet32x4", dtype=torch.float32)
+    assert speed.stored_step(big, rounds=3)["stored / by hand"] < 0.8
+
+
+def test_a_slope_is_that_of_the_last_two_sizes() -> None:
+    assert scaling.Curve((1, 10, 100), [7.0, 2.0, 20.0], []).slope == pytest.approx(1)
+    assert scaling.Curve((10, 40), [3.0, 6.0], []).slope == pytest.approx(0.5)
+
+
+def test_a_reader_does_not_grow_with_its_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "READ", 640)
+    found = scaling.readers((1000, 16_000), tmp_path, rounds=1)
+    assert found.mb[1] == pytest.approx(found.mb[0], rel=0.1)
+
+
+def test_curves_are_kept_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = scaling.Curve((1, 10), [1.0, 10.0], [0.5, 5.0])
+    monkeypatch.setattr(speed, "RESULTS", tmp_path)
+    monkeypatch.setattr(scaling, "measure", lambda rounds, quick: {"a loss, by rows": one})
+    assert scaling.main(["--quick", "--rounds", "1", "--keep", "grows"]) == 0
+    kept = json.loads((tmp_path / "grows.json").read_text())
+    assert kept["curves"]["a loss, by rows"]["slope"] == pytest.approx(1)
+    assert "a loss, by rows" in (tmp_path / "grows.svg").read_text()
 
 
 def test_framework_cost_is_ours_over_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

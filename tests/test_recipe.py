@@ -261,7 +261,7 @@ def refuse(change: str | Callable[[dict[str, Any]], Any], *words: str) -> None:
         ("models.teacher.width=[3]", ["unknown key `width` at models.teacher", "`widths`?"]),
         ("models.slow.dekay=0.5", ["unknown key `dekay` at models.slow", "`decay`?"]),
         ("stages.1.learner.form='student'", ["unknown key `form` at stages.1.learner", "`from`?"]),
-        ("stages.0.augment=[{ name='crop', batch=3 }]", ["unknown key `batch`", "it has no knobs."]),
+        ("stages.0.augment=[{ name='flip', batch=3 }]", ["unknown key `batch`", "it has no knobs."]),
         ("stages.0.scheme={ name='online', cast=3 }", ["unknown key `cast`", "its knobs are in_turn."]),
     ],
 )

@@ -99,7 +99,9 @@ def test_a_knob_has_its_type_its_default_and_its_words() -> None:
     assert kd["temperature"] == {"type": "number", "default": 4.0}
     assert kd["weight"] == {"$ref": "#/$defs/Use/properties/weight"}
     ofd = tables("term", "method")["ofd"]["properties"]
-    assert ofd["taps"]["type"] == "array" and ofd["scale"]["description"].startswith("The sum over layers")
+    assert ofd["scale"]["description"].startswith("The sum over layers")
+    assert ofd["taps"]["anyOf"][0]["type"] == "array" and ofd["taps"]["anyOf"][1] == {"const": "cluster"}
+    assert kd["taps"]["anyOf"] == [False, {"const": "cluster"}], "any method's may be chosen by clustering"
     assert tables("model", "name")["cnn"]["required"] == ["name"], "the data fills in the classes"
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from limbeck.core.refused import Refused
@@ -104,10 +104,11 @@ class Field:
         if self.kind in WHOLE:
             v = torch.from_numpy(column)
             return (v.view(torch.bfloat16) if self.kind == "bfloat16" else v).float()
-        classes = torch.from_numpy(records[f"{self.name}:class"].astype(np.int64))
-        values = torch.from_numpy(column).float()
-        logs, rest = spread(values, self.shape[0]) if self.kind == "top" else values.tensor_split([-1], -1)
-        return dense(classes, logs, rest, self.shape[0]).movedim(-1, 1)
+        kept = column.reshape(-1, column.shape[-1])
+        logs = spread(kept, self.shape[0]) if self.kind == "top" else kept.astype(np.float32)
+        chosen = records[f"{self.name}:class"].reshape(-1, self.top)
+        rows = dense(chosen, logs, self.shape[0]).reshape(*column.shape[:-1], self.shape[0])
+        return torch.from_numpy(rows).movedim(-1, 1)
 
     def _finite(self, v: Tensor) -> None:
         if not bool(torch.isfinite(v).all()):
@@ -117,20 +118,28 @@ class Field:
             )
 
 
-def spread(v: Float[Tensor, "*b top"], classes: int) -> tuple[Float[Tensor, "*b top"], Float[Tensor, "*b 1"]]:
-    """log q of the kept classes, whose probabilities fall, and of each of the others."""
-    others = classes - v.shape[-1]
-    v = v.clamp(min=FLOOR)
-    rest = ((1 - v.sum(-1, keepdim=True)) / max(others, 1)).clamp(min=FLOOR).minimum(v[..., -1:])
-    total = v.sum(-1, keepdim=True) + others * rest
-    return (v / total).log(), (rest / total).log()
+# In NumPy, and in few calls: each batch of a lesson comes through here, so small that calls are its cost.
+def spread(v: Float[np.ndarray, "b top"], classes: int) -> Float[np.ndarray, "b top+1"]:
+    """log q of the kept classes, whose probabilities fall; in the last column that of each other class."""
+    others = classes - v.shape[1]
+    q = np.empty((len(v), v.shape[1] + 1), np.float32)
+    kept, rest = q[:, :-1], q[:, -1]
+    kept[:] = v
+    mass = kept.sum(1)
+    np.divide(1 - mass, max(others, 1), out=rest)
+    np.maximum(q, FLOOR, out=q)
+    np.minimum(rest, kept[:, -1], out=rest)
+    q /= (mass + others * rest)[:, None]
+    return np.log(q, out=q)
 
 
 def dense(
-    chosen: Int[Tensor, "*b top"], kept: Float[Tensor, "*b top"], rest: Float[Tensor, "*b 1"], classes: int
-) -> Float[Tensor, "*b k"]:
-    """`kept` at the chosen classes, `rest` at all others."""
-    return rest.expand(*rest.shape[:-1], classes).clone().scatter_(-1, chosen, kept)
+    chosen: Integer[np.ndarray, "b top"], logs: Float[np.ndarray, "b top+1"], classes: int
+) -> Float[np.ndarray, "b k"]:
+    """`logs` at the chosen classes, their last column at all others."""
+    full = logs[:, -1].repeat(classes)
+    full[np.arange(0, full.size, classes)[:, None] + chosen] = logs[:, :-1]
+    return full.reshape(-1, classes)
 
 
 def record(fields: Sequence[Field]) -> np.dtype:

@@ -67,16 +67,15 @@ class TinyViT:
         if absent is not None:
             raise Refused(f"{self.folder} has no key '{absent}'; give keys as the data set gave them.")
         rows = np.stack([self._values[package][place] for package, place in map(self._at.__getitem__, keys)])
-        chosen = torch.from_numpy(rows["class"].astype(np.int64))
+        chosen = rows["class"].astype(np.int64)
         odd = (chosen < 0) | (chosen >= self.classes)
-        if bool(odd.any()):
+        if odd.any():
             raise Refused(
                 f"{self.folder} has class {int(chosen[odd][0])}, expected 0 to {self.classes - 1}; above "
                 "32,767 its format overflows, else give the number of classes of its teacher."
             )
-        p = torch.from_numpy(rows["p"].astype(np.float32))
         seeds = torch.from_numpy(rows["seed"].astype(np.int64))
-        return seeds, dense(chosen, *spread(p, self.classes), self.classes)
+        return seeds, torch.from_numpy(dense(chosen, spread(rows["p"], self.classes), self.classes))
 
 
 def served(path: str | Path, classes: int) -> Iterator[tuple[int, Float[Tensor, "n k"]]]:
@@ -108,5 +107,5 @@ def _position(said: dict[str, object], classes: int) -> Tensor:
             f"token ids must be 0 to {classes - 1}, at least one, and log-probabilities 0 at most"
         )
     chosen = sorted(logs, key=lambda token: -logs[token])
-    p = torch.tensor([[logs[token] for token in chosen]]).exp()
-    return dense(torch.tensor([chosen]), *spread(p, classes), classes)[0]
+    p = np.exp(np.array([[logs[token] for token in chosen]]))
+    return torch.from_numpy(dense(np.array([chosen]), spread(p, classes), classes))[0]

@@ -57,6 +57,34 @@ def choose(model: nn.Module, x: Any) -> dict[str, str]:
     return taps if head is None else {**taps, "pooled": f"{head.path}:in"}
 
 
+@torch.no_grad()
+def blocks(model: nn.Module, x: Any) -> tuple[str, ...]:
+    """The blocks that a model is made of, first to last, each as the tap of what it shows: the residual units
+    of a ResNet, the layers of a transformer; in a plain network each convolution with the norm and activation
+    beside it. x: as in `choose`.
+
+    A block has several layers and hands on what it is given, maps or tokens; those of the class that makes
+    the longest chain are taken, and between them what else there is (convolutional blocks before a
+    transformer's). A stem, given the image itself, is no block. Left out are modules that run more than once
+    and outputs that are changed in place afterwards. Raises `Refused` when fewer than two are found, or the
+    model cannot be run on x.
+    """
+    look = _look(model, x)
+    calls = Counter(show.path for show in look.shows)
+    several = [show for show in look.shows if show.layers > 1 and _hands_on(show, look)]
+    chain = _chained(several)
+    whole = {show.path for show in chain}
+    beside = [s for s in several if not any(s.path in _around(p) for p in whole) and not _inside(s, whole)]
+    found = [s for s in look.shows if any(s is other for other in [*chain, *_spread(beside)])] or _units(look)
+    taps = tuple(s.tap for s in found if calls[s.path] == 1 and s.tensor._version == s.version)
+    if len(taps) < 2:
+        raise Refused(
+            f"A {type(model).__name__} shows {len(taps)} block(s) that can be tapped, expected two or more; "
+            "name its layers yourself."
+        )
+    return taps
+
+
 # --- one look ---
 
 
@@ -266,6 +294,56 @@ def _blocks(shows: Sequence[_Show]) -> list[_Show]:
 
     # Attention is as numerous, but is given what a norm shows.
     return max(classes.values(), key=links, default=[])
+
+
+# --- blocks ---
+
+
+def _hands_on(show: _Show, look: _Look) -> bool:
+    """Whether a module is given what it shows: a map for a map, tokens for tokens, of the network's own. A
+    list of modules is no block, but made of some."""
+    given, shown = show.given, show.tensor
+    inside = isinstance(given, Tensor) and not any(given is x for x in look.inputs)
+    cells = show.layout in ("map", "tokens") or tuple(shown.shape[2:]) == (1, 1)
+    return inside and cells and given.ndim == shown.ndim and not isinstance(show.module, nn.Sequential)
+
+
+def _chained(shows: Sequence[_Show]) -> list[_Show]:
+    """Those of the class whose modules most often hand on to each other; none where none does."""
+    classes: dict[type, list[_Show]] = {}
+    for show in shows:
+        classes.setdefault(type(show.module), []).append(show)
+    return max((kind for kind in classes.values() if _links(kind)), key=_links, default=[])
+
+
+def _links(kind: Sequence[_Show]) -> int:
+    return sum(after.given is before.tensor for before, after in pairwise(kind))
+
+
+def _inside(show: _Show, paths: set[str]) -> bool:
+    return show.path in paths or any(around in paths for around in _around(show.path))
+
+
+def _spread(shows: Sequence[_Show]) -> list[_Show]:
+    """The outermost of these; in place of one that is a chain itself, its links."""
+    spread = []
+    for outer in _outermost(shows):
+        links = _chained([show for show in shows if outer.path in _around(show.path)])
+        spread += links or [outer]
+    return spread
+
+
+def _units(look: _Look) -> list[_Show]:
+    """What is last shown at each convolution's grid before the next one works."""
+    usable = look.usable()
+    maps = [n for n, show in enumerate(look.shows) if show.layout == "map"]
+    convolutions = [n for n in maps if isinstance(look.shows[n].module, nn.Conv2d)]
+    units: list[_Show] = []
+    for start, end in pairwise([*convolutions, len(look.shows)]):
+        grid = look.shows[start].grid
+        here = [s for s in usable if any(s is one for one in look.shows[start:end]) and s.grid == grid]
+        units += here[-1:]
+    return units
 
 
 # --- the head ---

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from limbeck.core.refused import Refused
+from limbeck.models.autoencoder import MAE
 
 Factory = Callable[..., nn.Module]
 
@@ -56,6 +57,8 @@ def hf_model(name: str) -> Factory:
     Of its `config.json` a model of initial weights is made, for the channels and size of the data; with
     `pretrained` it is the published one, with a new head where the classes differ, read from safetensors and
     never unpickled. No code of the hub's is run. Raises `Refused` where transformers cannot be imported.
+
+    A ViT-MAE is no classifier: it comes as our own `mae`, decoder and all, whose masks are a view's.
     """
     try:
         from transformers import AutoConfig, AutoModelForImageClassification
@@ -70,6 +73,8 @@ def hf_model(name: str) -> Factory:
                 config = AutoConfig.from_pretrained(
                     name, num_labels=classes, trust_remote_code=False, local_files_only=_offline(), **shape
                 )
+                if getattr(config, "model_type", None) == "vit_mae":
+                    return _autoencoder(config, classes)
                 return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
             config = AutoConfig.from_pretrained(
                 name, num_labels=classes, trust_remote_code=False, local_files_only=_offline()
@@ -79,6 +84,8 @@ def hf_model(name: str) -> Factory:
                     f"The model 'hf:{name}' was trained on images of {config.num_channels} channels, and "
                     f"the data's have {channels}; leave out `pretrained`, or give it such images."
                 )
+            if getattr(config, "model_type", None) == "vit_mae":
+                return _trained_autoencoder(name, config, classes)
             model = AutoModelForImageClassification.from_pretrained(
                 name,
                 config=config,
@@ -107,6 +114,81 @@ def factory(name: str, found: Any) -> Factory:
             "makes one; name such an object."
         )
     return found
+
+
+def _autoencoder(config: Any, classes: int) -> MAE:
+    """A masked autoencoder of ours, as a ViT-MAE's configuration has it."""
+    widths = (config.hidden_size, config.decoder_hidden_size)
+    inside = (config.intermediate_size, config.decoder_intermediate_size)
+    if inside != (4 * widths[0], 4 * widths[1]) or config.hidden_act != "gelu" or not config.qkv_bias:
+        raise Refused(
+            f"Its blocks (widths {widths}, inside {inside}, {config.hidden_act}) are not those of 'mae': "
+            "expected four times the width inside, gelu and biases"
+        )
+    model = MAE(
+        classes,
+        config.num_channels,
+        config.image_size,
+        config.patch_size,
+        *(config.hidden_size, config.num_hidden_layers, config.num_attention_heads),
+        *(config.decoder_hidden_size, config.decoder_num_hidden_layers, config.decoder_num_attention_heads),
+    )
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = config.layer_norm_eps
+    return model
+
+
+def _trained_autoencoder(name: str, config: Any, classes: int) -> MAE:
+    from transformers import ViTMAEForPreTraining
+
+    theirs = ViTMAEForPreTraining.from_pretrained(
+        name,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=_offline(),
+    )
+    weights = {}
+    for called, value in theirs.state_dict().items():
+        for their, our in _OURS.items():
+            called = called.replace(their, our)
+        weights[called] = value
+    for place in [called for called in weights if called.endswith(("q_proj.weight", "q_proj.bias"))]:
+        three = [weights.pop(place.replace("q_proj", one)) for one in ("q_proj", "k_proj", "v_proj")]
+        weights[place.replace("q_proj", "qkv")] = torch.cat(three)
+    cut = weights["encoder.embed.weight"]  # a convolution's, channels first
+    weights["encoder.embed.weight"] = cut.permute(0, 2, 3, 1).flatten(1)
+    model = _autoencoder(config, classes)
+    for part, called in ((model.encoder, _PLACES[0]), (model.decoder, _PLACES[1])):
+        if not torch.allclose(weights.pop(called)[0, 1:], part.positions, atol=1e-4):
+            raise Refused(
+                f"The positions of the model 'hf:{name}' are not the sines and cosines of 'mae', which are "
+                "no part of its weights; take a model that has these."
+            )
+    model.load_state_dict(weights)
+    return model
+
+
+_OURS = {
+    "vit.embeddings.cls_token": "encoder.class_token",
+    "vit.embeddings.patch_embeddings.projection": "encoder.embed",
+    "vit.layers": "encoder.blocks",
+    "vit.layernorm": "norm",
+    "decoder.mask_token": "decoder.hidden_token",
+    "decoder.decoder_embed": "decoder.embed",
+    "decoder.decoder_layers": "decoder.blocks",
+    "decoder.decoder_norm": "decoder.norm",
+    "decoder.decoder_pred": "pixels",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "o_proj": "project",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+}
+"""The names of a ViT-MAE's tensors in transformers, and ours."""
+_PLACES = ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed")
 
 
 def _missing(extra: str, name: str, error: Exception) -> Refused:

@@ -28,7 +28,8 @@ class ViT(nn.Module):
     what the head reads: the `mean` of the patches, or a `class` token, which comes first.
 
     Taps: `stage1` … (b n d), the tokens after each stage; `stage1_attention` … (b heads n n), where its last
-    block looks, each row summing to 1; `pooled` (b d), what the head reads. `grid` is the patches' rows and
+    block looks, each row summing to 1; `stage1_qkv` … (b n 3d), that block's queries, keys and values side by
+    side, each of them head after head; `pooled` (b d), what the head reads. `grid` is the patches' rows and
     columns.
     """
 
@@ -63,6 +64,7 @@ class ViT(nn.Module):
         for n in range(stages):
             self.TAPS[f"stage{n + 1}"] = f"stages.{n}"
             self.TAPS[f"stage{n + 1}_attention"] = f"stages.{n}.{self._depth - 1}.attention.weights"
+            self.TAPS[f"stage{n + 1}_qkv"] = f"stages.{n}.{self._depth - 1}.attention.qkv"
         _initialise(self)
         for parameter in (self.positions, self.class_token):
             if parameter is not None:
@@ -93,10 +95,10 @@ class ViT(nn.Module):
         return tail.to(self.head.weight)
 
     def _stage(self, width: int) -> nn.Sequential:
-        return nn.Sequential(*(_Block(width, self._heads) for _ in range(self._depth)))
+        return nn.Sequential(*(Block(width, self._heads) for _ in range(self._depth)))
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Tokens look at each other, then each thinks for itself; both are added to what they were."""
 
     def __init__(self, width: int, heads: int) -> None:

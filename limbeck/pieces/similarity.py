@@ -22,3 +22,39 @@ def gram(x: Float[Tensor, "b d"]) -> Float[Tensor, "b b"]:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     with torch.autocast(x.device.type, enabled=False):
         return x @ x.T
+
+
+def hsic(s: Float[Tensor, "b b"], t: Float[Tensor, "b b"]) -> Float[Tensor, ""]:
+    r"""How alike two Gram matrices of the same b rows are, without what they owe to chance: 0 on average for
+    independent features, however few the rows. b is 4 or more.
+
+    $$\mathrm{HSIC}_1 = \frac{1}{b(b-3)} \Big( \operatorname{tr} S T
+      + \frac{(1^\top S 1) (1^\top T 1)}{(b-1)(b-2)} - \frac{2}{b-2} \, 1^\top S T 1 \Big)$$
+
+    of the matrices with zeros on their diagonals (Song, Smola, Gretton, Bedo, Borgwardt; JMLR 2012; averaged
+    over batches by Nguyen, Raghu, Kornblith; ICLR 2021; arXiv:2010.15327).
+    """
+    b, itself = len(s), torch.eye(len(s), dtype=torch.bool, device=s.device)
+    s, t = s.masked_fill(itself, 0.0), t.masked_fill(itself, 0.0)
+    rows_s, rows_t = s.sum(1), t.sum(1)
+    chance = rows_s.sum() * rows_t.sum() / ((b - 1) * (b - 2)) - 2 / (b - 2) * (rows_s * rows_t).sum()
+    return ((s * t).sum() + chance) / (b * (b - 3))
+
+
+def hsic_terms(s: Float[Tensor, "b d_s"], t: Float[Tensor, "b d_t"]) -> Float[Tensor, "3"]:
+    """HSIC of student with teacher, of the student with itself and of the teacher with itself, all of inner
+    products: what `cka` is made of, and what may be averaged over batches before."""
+    exact = torch.promote_types(s.dtype, torch.float32)
+    s, t = s.to(exact), t.to(exact)
+    here, there = gram(s - s.mean(0)), gram(t - t.mean(0))  # it moves nothing, but keeps small what cancels
+    return torch.stack([hsic(here, there), hsic(here, here), hsic(there, there)])
+
+
+def cka(terms: Float[Tensor, "*stages 3"]) -> Float[Tensor, " *stages"]:
+    r"""$\mathrm{HSIC}(s, t) / \sqrt{\mathrm{HSIC}(s, s) \, \mathrm{HSIC}(t, t)}$: 1 for features alike but
+    for a rotation and a scale; about 0 for independent ones, so at times below. 0 where either does not
+    vary."""
+    st, ss, tt = terms.unbind(-1)
+    varies = (ss > 0) & (tt > 0)
+    scale = torch.where(varies, ss, 1.0).sqrt() * torch.where(varies, tt, 1.0).sqrt()  # at 0 no gradient
+    return torch.where(varies, st / scale, 0.0)

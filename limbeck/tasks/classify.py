@@ -1,10 +1,15 @@
-"""Classification: cross-entropy over labelled rows, accuracy."""
+"""Classification: cross-entropy over labelled rows, accuracy.
+
+With `smoothing` a label is a certainty no more: this share of it belongs to all classes alike (C. Szegedy, V.
+Vanhoucke, S. Ioffe, J. Shlens, Z. Wojna; CVPR 2016; arXiv:1512.00567, section 7).
+"""
 
 from collections.abc import Iterable
 
 from jaxtyping import Float
 from torch import Tensor
 
+from limbeck.core import across
 from limbeck.core.batch import IGNORE, Batch
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
@@ -16,8 +21,20 @@ class Classify(Task):
 
     headline = "accuracy"
 
+    def __init__(self, smoothing: float = 0.0) -> None:
+        if not 0 <= smoothing < 1:
+            raise Refused(
+                f"The smoothing of labels is {smoothing}, expected a share from 0 up to below 1; try 0.1."
+            )
+        self.smoothing = smoothing
+
     def loss(self, s: Seen, batch: Batch) -> Float[Tensor, ""]:
-        return labelled_cross_entropy(s, batch)
+        certain = labelled_cross_entropy(s, batch)
+        if self.smoothing == 0 or batch.y is None:
+            return certain
+        # Against all classes alike: their mean.
+        even = across.labelled_mean(-s.out.log_softmax(1).mean(1), batch)
+        return (1 - self.smoothing) * certain + self.smoothing * even
 
     def score(self, answers: Iterable[tuple[Seen, Batch]]) -> dict[str, float]:
         """Accuracy in percent over the labelled rows (0 when there are none)."""

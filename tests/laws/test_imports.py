@@ -17,7 +17,7 @@ LEAVES = {"knowledge", "schemes", "models", "views", "tasks", "data"}
 LOOP = {"engine", "world", "checkpoint"}
 NAMES = {"build", "recipe", "registry"}
 DOORS = {"run", "board", "answers", "race", "doctor", "report", "export", "distiller"}
-DOORS |= {"new", "schema", "equation", "distill"}
+DOORS |= {"new", "schema", "equation", "distill", "hints", "pictures"}
 
 
 # What each file or folder of limbeck/ may import besides its own files. Names know each other and so do doors

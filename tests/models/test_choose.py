@@ -16,7 +16,7 @@ from limbeck.core.refused import Refused
 from limbeck.core.taps import Tapped
 from limbeck.core.teachers import Frozen
 from limbeck.knowledge.feature.at import AT
-from limbeck.models.choose import choose
+from limbeck.models.choose import blocks, choose
 from limbeck.models.cnn import CNN
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -622,3 +622,81 @@ def test_two_models_without_tables_are_distilled() -> None:
     )
     distiller(*example)["at"].backward()
     assert student.stages[0][0].weight.grad.any()
+
+
+# --- blocks ---
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "taps"),
+    [
+        ("resnet20", {}, [f"layer{n}.{k}" for n in (1, 2, 3) for k in range(3)]),
+        ("resnet8", {}, ["layer1.0", "layer2.0", "layer3.0"]),
+        ("wrn_16_1", {}, [f"block{n}.layer.{k}" for n in (1, 2, 3) for k in range(2)]),
+        ("vit_tiny", {"depth": 6, "width": 12}, [f"stages.{n}.{k}" for n in range(3) for k in range(2)]),
+        ("cnn", {"channels": 3}, ["stages.0", "stages.1", "stages.2"]),
+        (
+            "cnn",
+            {"channels": 3, "widths": (3, 4), "depth": 2},
+            ["stages.0.2", "stages.0", "stages.1.2", "stages.1"],
+        ),
+        ("vgg8", {}, [f"block{n}" for n in range(5)]),
+        (
+            "tiny_vit_32",
+            {"dims": (8, 8, 16), "depths": (1, 2, 2), "windows": (4, 4), "strides": (2, 1), "head_width": 8},
+            ["layers.0.blocks.0", *(f"layers.{n}.blocks.{k}" for n in (1, 2) for k in range(2))],
+        ),
+    ],
+)
+def test_the_blocks_of_our_own_models_are_found(name: str, knobs: dict[str, Any], taps: list[str]) -> None:
+    model = registry.find("model", name)(classes=10, **knobs)
+    found = blocks(model, X)
+    assert list(found) == taps
+    shapes(model, {tap: tap for tap in found})
+
+
+def test_blocks_of_others_are_found_though_their_activations_work_in_place() -> None:
+    for squeeze in (False, True):
+        found = blocks(ResNet(squeeze), torch.randn(2, 3, 64, 64))
+        assert list(found) == [f"layer{n}.{k}" for n in (1, 2, 3, 4) for k in (0, 1)]
+    plain = nn.Sequential(
+        *unit(3, 4), nn.MaxPool2d(2), *unit(4, 5), *unit(5, 6), nn.Flatten(), nn.LazyLinear(4)
+    )
+    plain(X)
+    assert blocks(plain, X) == ("2", "6", "9")
+
+
+def test_a_block_that_is_given_the_image_is_a_stem_and_one_place_is_enough_for_a_block() -> None:
+    chain = nn.Sequential(Residual(3, 4, 2), Residual(4, 5, 1), Residual(5, 6, 2), nn.Flatten())
+    assert blocks(chain, X) == ("1", "2")
+    assert blocks(chain, X[:, :, :3, :3]) == ("1", "2")
+
+
+def test_blocks_of_another_kind_before_the_longest_chain_are_blocks_too() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key, self.value = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.value(x) * self.key(x).sigmoid()
+
+    class Hybrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, 2, 1)
+            self.early = nn.Sequential(Residual(4, 5, 2), Residual(5, 6, 1))
+            self.late = nn.Sequential(*(Attention() for _ in range(3)))
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.late(self.early(self.stem(x)).flatten(2).mT).mean(1))
+
+    assert blocks(Hybrid(), X) == ("early.0", "early.1", "late.0", "late.1", "late.2")
+
+
+def test_a_network_without_blocks_is_refused() -> None:
+    with pytest.raises(Refused, match=r"Dense shows 1 block\(s\)"):
+        blocks(Dense(), X)
+    with pytest.raises(Refused, match="cannot be run"):
+        blocks(CNN(5), X)

@@ -285,7 +285,53 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         registry.find("model", f"hf:{tmp_path}/missing")(classes=3)
 
 
-REAL = [_itself, _published, _pickled, _nowhere] if find_spec("transformers") else []
+def _masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ViT-MAE comes as our own, and answers as theirs does to the same mask."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    other = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 48}
+    shape = {"image_size": 16, "patch_size": 4, "num_channels": 3}
+    config = ViTMAEConfig(**sizes, **{f"decoder_{k}": v for k, v in other.items()}, **shape)
+    theirs = ViTMAEForPreTraining(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.3)
+    make = registry.find("model", f"hf:{tmp_path}")
+    theirs.vit.embeddings.position_embeddings.data.zero_()
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(Refused, match=r"positions .* are not the sines and cosines of 'mae'"):
+        make(classes=5, pretrained=True)
+    for places, width in (
+        (theirs.vit.embeddings.position_embeddings, 8),
+        (theirs.decoder.decoder_pos_embed, 12),
+    ):
+        where = build_2d_sinusoidal_position_embedding(4, 4, width)  # rows first; published weights: columns
+        places.data[0, 1:] = where.roll(width // 2, 1)
+    theirs.save_pretrained(tmp_path)
+    ours, x = make(classes=5, pretrained=True), torch.randn(2, 3, 16, 16)
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        told = theirs(x, noise=noise)
+        keep = noise.argsort(1)[:, :4]
+        torch.testing.assert_close(ours(x, keep), told.logits, atol=1e-4, rtol=1e-4)
+        tapped = Tapped(ours)
+        tapped.look(["block1"])
+        hidden = theirs(x, noise=noise, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(
+            tapped({"x": x, "keep": keep}).at["block1"], hidden[1], atol=1e-4, rtol=1e-4
+        )
+    new = make(classes=5, channels=1, size=32)
+    assert new(torch.randn(2, 1, 32, 32)).shape == (2, 64, 16) and new.classes == 5
+    config.intermediate_size = 16
+    config.save_pretrained(tmp_path)
+    with pytest.raises(Refused, match=r"inside \(16, 48\), gelu\) are not those of 'mae'"):
+        make(classes=5)
+
+
+REAL = [_itself, _published, _pickled, _nowhere, _masked] if find_spec("transformers") else []
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,18 @@ def test_attention_is_the_scaled_product_of_queries_and_keys() -> None:
     assert torch.allclose(attention(x), attention.project(there), atol=1e-5)
 
 
+@pytest.mark.parametrize("pool", POOLS)
+def test_queries_keys_and_values_are_seen_side_by_side(pool: str) -> None:
+    """Those of a stage's last block, each head after head: they make the attention that is seen, too."""
+    tapped = Tapped(vit(pool=pool))
+    tapped.look(["stage2_qkv", "stage2_attention"])
+    seen = tapped.check(X)
+    tokens = 16 if pool == "mean" else 17
+    assert seen.at["stage2_qkv"].shape == (2, tokens, 36)
+    q, k, _ = (part.unflatten(2, (2, 6)).transpose(1, 2) for part in seen.at["stage2_qkv"].chunk(3, 2))
+    assert torch.allclose((q @ k.mT / 6**0.5).softmax(-1), seen.at["stage2_attention"], atol=1e-6)
+
+
 def test_a_block_adds_to_its_tokens_with_its_norms_in_front() -> None:
     block = vit().stages[0][0]
     x = torch.randn(2, 5, 12)

@@ -26,3 +26,20 @@ def test_what_is_no_numbered_image_is_refused(batch: Batch, found: str) -> None:
         Refused, match=f"^Blur softens images .*x has {found}, expected .*leave this view out"
     ):
         images.numbered(batch, "Blur softens")
+
+
+def test_turning_four_times_is_the_image_again() -> None:
+    x = torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    wide = images.turned(x)
+    assert torch.equal(wide[0::4], x)
+    assert torch.equal(images.turned(wide[1::4])[1::4], wide[2::4])
+    assert torch.equal(images.turned(wide[3::4])[1::4], x)
+
+
+@pytest.mark.parametrize("ways", [1, 4])
+def test_joint_labels_are_each_class_in_each_way_once(ways: int) -> None:
+    labels = images.joint_labels(torch.arange(7), ways).tolist()
+    assert sorted(labels) == list(range(7 * ways))
+    for row, label in enumerate(labels):
+        assert divmod(label, ways) == divmod(row, ways)  # class, way
+    assert images.joint_labels(torch.tensor([-100, 2]), ways)[:ways].tolist() == [-100] * ways

@@ -13,7 +13,8 @@ from limbeck.core.refused import Refused
 from limbeck.core.taps import Tapped
 from limbeck.data.loader import Data, Splits
 from limbeck.engine import Engine
-from limbeck.schemes.branches import Branches, pool
+from limbeck.pieces.branch import pool
+from limbeck.schemes.branches import Branches
 
 NETS: dict[str, dict[str, Any]] = {
     "cnn": {"name": "cnn", "widths": [3, 4, 6]},

@@ -42,6 +42,13 @@ STAGES: dict[str, dict[str, Any]] = {
         ],
     },
     "dafl": {"learner": ["student", "generator"], "terms": [KD]},
+    "hssakd": {
+        "learner": ["student", "peer", "third"],
+        "terms": [
+            {**KD, "teacher": ["student", "peer", "third"]},
+            {"method": "fitnet", "tap": "stage2", "teacher": ["student", "teacher"]},
+        ],
+    },
 }
 # One learner too many, and where a scheme has more than one, one too few.
 MISCAST: dict[str, list[list[str]]] = {
@@ -49,6 +56,7 @@ MISCAST: dict[str, list[list[str]]] = {
     "online": [["student"]],
     "branches": [["student", "peer"]],
     "dafl": [["student"], ["student", "generator", "peer"]],
+    "hssakd": [],  # one or several
 }
 each_scheme = pytest.mark.parametrize("name", registry.names("scheme"))
 

@@ -26,6 +26,27 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_labelled_rows() -> None:
     assert torch.allclose(Classify().loss(Seen(LOGITS), batch(*y)), expected)
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_a_smoothed_label_gives_a_share_to_all_classes_alike(smoothing: float) -> None:
+    y = [0, IGNORE, 3, 1, IGNORE, 2]
+    total = 0.0
+    for row, label in zip(LOGITS.double().log_softmax(1).tolist(), y, strict=True):
+        if label != IGNORE:
+            q = [smoothing / 4 + (1 - smoothing) * (c == label) for c in range(4)]
+            total -= sum(a * b for a, b in zip(q, row, strict=True)) / 4  # of the four labelled rows
+    assert float(Classify(smoothing).loss(Seen(LOGITS), batch(*y))) == pytest.approx(total, rel=1e-5)
+    logits = LOGITS.clone().requires_grad_()
+    loss = Classify(smoothing).loss(Seen(logits), batch(*[IGNORE] * 6))
+    loss.backward()
+    assert loss == 0 and logits.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_a_smoothing_that_leaves_no_label_is_refused(smoothing: float) -> None:
+    with pytest.raises(Refused, match=f"smoothing of labels is {smoothing}, expected"):
+        Classify(smoothing)
+
+
 def test_the_loss_is_0_when_no_row_is_labelled() -> None:
     logits = LOGITS.clone().requires_grad_()
     loss = Classify().loss(Seen(logits), batch(*[IGNORE] * 6))

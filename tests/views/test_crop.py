@@ -10,11 +10,11 @@ from limbeck.core.keyed import keyed
 from limbeck.views.crop import crop
 
 
-def slow(batch: Batch) -> Tensor:
+def slow(batch: Batch, pad: int = 4, purpose: str = "crop") -> Tensor:
     """Image by image, pixel by pixel."""
     shown = torch.zeros_like(batch.x)
-    for n, (down, right) in enumerate(keyed(batch.lesson, batch.index, "crop", 2).tolist()):
-        dy, dx = int(down * 9) - 4, int(right * 9) - 4
+    for n, (down, right) in enumerate(keyed(batch.lesson, batch.index, purpose, 2).tolist()):
+        dy, dx = (int(draw * (2 * pad + 1)) - pad for draw in (down, right))
         _, h, w = batch.x[n].shape
         for i in range(max(0, -dy), min(h, h - dy)):
             for j in range(max(0, -dx), min(w, w - dx)):
@@ -32,6 +32,20 @@ def test_it_is_the_slow_way_for_every_size_and_dtype(shape: tuple[int, ...], dty
     shown = crop(batch).x
     assert shown.dtype == dtype and torch.equal(shown, slow(batch))
     assert not torch.equal(shown, x)
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3, 7])
+def test_it_shifts_by_as_much_as_is_said_and_under_another_purpose_otherwise(pad: int) -> None:
+    x = torch.randint(1, 256, (30, 2, 5, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    batch = Batch(x, index=torch.arange(30), lesson=Lesson(seed=3))
+    shown, other = crop(batch, pad).x, crop(batch, pad, purpose="another").x
+    assert torch.equal(shown, slow(batch, pad)) and torch.equal(other, slow(batch, pad, "another"))
+    assert torch.equal(shown, other) == (pad == 0)
+
+
+def test_a_pad_below_0_is_refused() -> None:
+    with pytest.raises(Refused, match=r"Crop .*`pad` pixels, and it is -1; expected 0 or more"):
+        crop(Batch(torch.zeros(2, 1, 4, 4), index=torch.arange(2)), pad=-1)
 
 
 def test_it_does_not_matter_how_numbers_lie_in_memory() -> None:

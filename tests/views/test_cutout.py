@@ -54,6 +54,18 @@ def test_its_middle_is_every_pixel_equally_often() -> None:
     assert float(((counts - 200) ** 2 / 200).sum()) < 72  # chi squared of 34 degrees: 99.98 % lie below
 
 
+def test_at_another_resolution_it_is_the_same_square() -> None:
+    """So a teacher of larger images misses what its student misses, to within a pixel of its own."""
+    index, lesson = torch.arange(60), Lesson(seed=3, epoch=2)
+    small = cutout(Batch(torch.ones(60, 1, 8, 10), index=index, lesson=lesson), size=4).x
+    large = cutout(Batch(torch.ones(60, 1, 16, 20), index=index, lesson=lesson), size=8).x
+    for few, many in zip(small, large, strict=True):
+        for axis in (1, 2):
+            first, begun = ((x == 0).any(3 - axis)[0].long().argmax() for x in (few, many))
+            assert 0 <= int(begun) - 2 * int(first) <= 1
+    assert len(small.unique(dim=0)) > 30
+
+
 def test_without_size_it_is_the_batch_and_only_x_changes() -> None:
     batch = Batch(images(2, 1, 4, 4), torch.tensor([2, -100]), torch.tensor([5, 8]), Lesson(classes=3))
     kept = batch.x.clone()

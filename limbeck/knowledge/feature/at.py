@@ -37,15 +37,8 @@ from limbeck.core.batch import Batch
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
+from limbeck.pieces.attention_maps import attention
 from limbeck.pieces.maps import as_map, expect_maps, on_smaller_grid
-
-
-def attention(x: Float[Tensor, "b c h w"], power: float = 2.0) -> Float[Tensor, "b n"]:
-    """Where a map is strong: a unit vector over positions for each row, in float32 at least."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    energy = (x.square() if power == 2 else x.abs() ** power).sum(1).flatten(1)  # square: half the work
-    largest = energy.detach().amax(1, keepdim=True)
-    return F.normalize(energy / torch.where(largest > 0, largest, 1.0))
 
 
 def at(s: Float[Tensor, "b c_s h w"], t: Float[Tensor, "b c_t h w"], power: float = 2.0) -> Float[Tensor, ""]:

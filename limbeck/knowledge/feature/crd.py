@@ -65,8 +65,8 @@ def nce(
     Pairs count `times`: the match once, the negatives of a row $K$ times in all.
     """
     odds = scores - log_noise  # log h / (1 - h)
-    log_h, log_not_h = F.logsigmoid(odds[:, :1]), F.logsigmoid(-odds[:, 1:])
-    return -(times * torch.cat([log_h, log_not_h], 1)).sum(1).mean()
+    match = times[:, 0] * F.softplus(-odds[:, 0])  # -log h
+    return (match + (times[:, 1:] * F.softplus(odds[:, 1:])).sum(1)).mean()
 
 
 class CRD(Method):
@@ -141,6 +141,8 @@ class CRD(Method):
         assert batch.index is not None
         pairs, times = self.pairs(batch.index, batch.lesson)
         times = times.to(here.dtype)
+        # In one row they are found in less time than row by row.
+        pairs = pairs + len(self.order) * torch.arange(len(pairs), device=pairs.device)[:, None]
         loss_s, log_z_s = self._one_way(here, self.bank_t, pairs, times, self.log_z[0])
         loss_t, log_z_t = self._one_way(there, self.bank_s, pairs, times, self.log_z[1])
         with torch.no_grad():
@@ -156,13 +158,14 @@ class CRD(Method):
         first, kin = self.first[index, None], self.kin[index, None]
         others = samples - kin
         if self.negatives < samples:
-            place = (keyed(lesson, index, "negatives", self.negatives) * others).long()
-            place = place + kin * (place >= first)  # kin are skipped
+            place = keyed(lesson, index, "negatives", self.negatives).mul_(others).long()
+            place += kin * (place >= first)  # kin are skipped
             times = torch.ones(1, self.negatives, device=index.device)
         else:
             place = torch.arange(samples, device=index.device).expand(len(index), -1)
             times = self.negatives / others * ((place < first) | (place >= first + kin))
-        return torch.cat([index[:, None], self.order[place]], 1), F.pad(times, (1, 0), value=1.0)
+        negatives = self.order.index_select(0, place.flatten()).view_as(place)
+        return torch.cat([index[:, None], negatives], 1), F.pad(times, (1, 0), value=1.0)
 
     def _one_way(
         self,
@@ -172,21 +175,24 @@ class CRD(Method):
         times: Float[Tensor, "#b pairs"],
         log_z: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The loss of one network's anchors, and log Z, found now if it is not yet known.
+        """The loss of one network's anchors, and log Z, found now if it is not yet known. `pairs` are places
+        among the scores of all rows with the whole bank, flattened.
 
         The bank moves in place after the loss, so autograd cannot keep it: the gradient is taken here.
         """
         with torch.no_grad(), torch.autocast(anchor.device.type, enabled=False):
             bank = bank.to(anchor.dtype)
-            scores = (anchor @ bank.T).gather(1, pairs) / self.temperature
+            scores = (anchor / self.temperature @ bank.T).flatten().index_select(0, pairs.flatten())
+            scores = scores.view_as(pairs)
             row = (scores + times.log()).logsumexp(1) - math.log(1 + self.negatives)
             row = across.gather(row)  # log of the mean over a row's pairs, each as often as it counts
             found = row.logsumexp(0) + math.log(len(bank) / len(row))
             log_z = torch.where(log_z.isinf(), found, log_z)
             log_noise = log_z + math.log(self.negatives / len(bank))
             loss, slope = nce(scores, times, log_noise), _slope(scores, times, log_noise)
-            slopes = torch.zeros_like(anchor[:, :1]).repeat(1, len(bank)).scatter_add_(1, pairs, slope)
-            grad = slopes @ bank / self.temperature
+            slopes = torch.zeros_like(anchor[:, :1]).repeat(len(bank), 1).flatten()
+            slopes.scatter_add_(0, pairs.flatten(), slope.flatten())
+            grad = slopes.view(-1, len(bank)) @ bank / self.temperature
         return loss + ((anchor - anchor.detach()) * grad).sum(), log_z  # adds 0, and the gradient
 
     def _remember(self, index: Int[Tensor, " b"], s: Float[Tensor, "b d"], t: Float[Tensor, "b d"]) -> None:
