@@ -72,11 +72,12 @@ class Kept(Task):
 
     def score(self, answers: Iterable[tuple[Seen, Batch]]) -> dict[str, float]:
         self._heard = []
-        return self.task.score(self._listening(answers))
+        heard = self._listening(answers) if getattr(self.task, "headline", "") == "accuracy" else answers
+        return self.task.score(heard)
 
     def answers(self) -> Answers | None:
         """What the last `score` heard; None for a task that does not tell classes apart."""
-        if not self._heard or getattr(self.task, "headline", "") != "accuracy":
+        if not self._heard:
             return None
         z, y = (torch.cat(parts) for parts in zip(*self._heard, strict=True))
         fits = z.ndim == 2 and y.shape == z.shape[:1] and bool((y < z.shape[1]).all())

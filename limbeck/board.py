@@ -243,6 +243,7 @@ class Board:
                     "asking": statistics.fmean(_sum("asking", r, self.begin) for r in results),
                     "how": results[0]["stages"][self.begin]["teachers"],
                     "parameters": results[0]["parameters"],
+                    "hints": [] if self._skips(plan) else [_hints(r, self.begin) for r in results],
                     "stages": self._stages(plan, results),
                     "curves": [
                         _curve(folder, self.begin, result)
@@ -532,6 +533,12 @@ def _arm(whole: recipe.Recipe, begin: int, name: str, changes: Mapping[str, Any]
             "board."
         )
     return arm
+
+
+def _hints(result: Mapping[str, Any], stage: int) -> dict[str, Any] | None:
+    """The teacher's taps that clustering chose there, by term; None where nobody asked it to."""
+    found: dict[str, Any] | None = result["stages"][stage].get("hints")
+    return found
 
 
 def _sum(of: str, result: Mapping[str, Any], begin: int) -> float:

@@ -470,9 +470,10 @@ def _chain(chosen: tuple[str, ...]) -> View:
 
 
 def _through(steps: list[View], batch: Batch) -> Batch:
+    shown = batch
     for step in steps:
-        batch = step(batch)
-    return batch
+        shown = step(shown)
+    return shown.replace(lesson=batch.lesson)  # a view that draws anew winds no ramp back
 
 
 def _pace(stage: Stage, player: str, parameters: Any, steps: int, learners: Mapping[str, nn.Module]) -> Pace:

@@ -89,6 +89,10 @@ def _outside(kind: str, path: str) -> Any:
     found = _imported(kind, path)
     if kind == "data":
         return found if callable(found) else lambda: found
+    if kind == "view" and inspect.isclass(found):
+        from limbeck.pieces.transform import as_view  # late: torch is not waited for
+
+        return as_view(found, path)
     lacks = [name for name in _HAS.get(kind, ()) if not hasattr(found, name)]
     if kind not in _HAS and not callable(found):
         raise Refused(f"The {kind} '{path}' is of type {type(found).__name__}, expected a function.")

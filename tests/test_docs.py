@@ -79,7 +79,8 @@ def test_every_recipe_in_the_folder_is_read(file: Path) -> None:
     from limbeck import board
 
     plan, arms, seeds, _ = board.read(file)
-    assert plan.stages and arms and seeds
+    teaches = any(stage.terms for stage in plan.stages)
+    assert plan.stages and seeds and (arms or teaches)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

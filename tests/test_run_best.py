@@ -66,7 +66,7 @@ def stop(run: Run, k: int) -> None:
 
 def untimed(run: Run) -> list[dict[str, Any]]:
     lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "asking")} for line in lines]
 
 
 def moods(run: Run) -> list[float]:
@@ -74,8 +74,8 @@ def moods(run: Run) -> list[float]:
 
 
 def timeless(result: dict[str, Any]) -> dict[str, Any]:
-    stages = [{k: v for k, v in stage.items() if k != "seconds"} for stage in result["stages"]]
-    return {k: v for k, v in result.items() if k not in ("seconds", "stages")} | {"stages": stages}
+    stages = [{k: v for k, v in stage.items() if k not in ("seconds", "asking")} for stage in result["stages"]]
+    return {k: v for k, v in result.items() if k not in ("seconds", "asking", "stages")} | {"stages": stages}
 
 
 def shipped(run: Run) -> dict[str, Tensor]:

@@ -49,12 +49,13 @@ def keyed(lesson: Lesson, index: Int[Tensor, " b"], purpose: str, k: int = 1) ->
 
 
 def _hashed(index: Tensor, seed: int, epoch: int, purpose: str, k: int) -> Tensor:
-    count = index.long()[:, None] * k + torch.arange(k, device=index.device)
-    z = count * _signed(_GOLDEN) + _signed(number(seed, epoch, purpose, k))
-    z = (z ^ _shift(z, 30)) * _signed(_MIX1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX2)
-    z = z ^ _shift(z, 31)
-    return _shift(z, 40).float() * 2.0**-24
+    z = index.long()[:, None] * k + torch.arange(k, device=index.device)
+    # In place: where many numbers are drawn, new tensors would cost more than the hash.
+    z.mul_(_signed(_GOLDEN)).add_(_signed(number(seed, epoch, purpose, k)))
+    z.bitwise_xor_(_shift(z, 30)).mul_(_signed(_MIX1))
+    z.bitwise_xor_(_shift(z, 27)).mul_(_signed(_MIX2))
+    z.bitwise_xor_(_shift(z, 31))
+    return _shift(z, 40).float().mul_(2.0**-24)
 
 
 # A compiler cannot follow the text that `number` makes of the clock, and would trace anew every epoch.
@@ -88,4 +89,4 @@ def _signed(word: int) -> int:
 
 def _shift(z: Int[Tensor, "b k"], n: int) -> Int[Tensor, "b k"]:
     """Logical right shift: torch's `>>` on int64 copies the sign bit."""
-    return (z >> n) & ((1 << (64 - n)) - 1)
+    return (z >> n).bitwise_and_((1 << (64 - n)) - 1)

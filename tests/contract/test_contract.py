@@ -34,7 +34,7 @@ from limbeck.schemes.offline import Offline
 
 Make = Callable[[], Method]
 
-CLASSES, ROWS = 5, 12
+CLASSES, ROWS = 5, 32
 
 
 # --- two kinds of networks, each in two sizes ---

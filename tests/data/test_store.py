@@ -227,7 +227,7 @@ def test_who_is_killed_goes_on_and_comes_to_the_same_bytes(tmp_path: Path) -> No
 def test_who_dies_before_the_seal_only_seals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "whole", epochs=1)
     with monkeypatch.context() as patched:
-        patched.setattr(store_write, "_seal", lambda *arguments: None)
+        patched.setattr(store_write, "seal", lambda *arguments: None)
         assert written(tmp_path / "cut", epochs=1).epochs() == []
     teacher = Frozen(net())
     asked: list[int] = []

@@ -227,6 +227,8 @@ def test_shapes_and_the_class_token_left_out(pool: str) -> None:
     assert mine.shape == theirs.shape == (3, 6, 3, 25, 8)
     assert cakd._tokens(s, batch).shape == cakd._teachers_tokens(t).shape == (6, 25, 24)
     assert torch.equal(cakd._teachers_tokens(t), t.at["stage3"][:, -25:])
+    patches = t.at["stage3_qkv"][:, -25:]
+    assert torch.equal(theirs.permute(1, 3, 0, 2, 4).flatten(2), patches)
     # What our ViT itself attends with, head by head.
     weights = (theirs[0] @ theirs[1].mT / math.sqrt(8)).softmax(-1)
     if pool == "mean":
