@@ -249,7 +249,9 @@ class Engine:
                 key = name if name not in losses else f"{player}.{name}"
                 losses[key] = float(total) / self.loader.steps
         figures = self.scheme.figures()
-        record = Record(self.stage, epoch, self.step, losses, figures, seconds=self.seconds, asking=self.asking)
+        record = Record(
+            self.stage, epoch, self.step, losses, figures, seconds=self.seconds, asking=self.asking
+        )
         self.sums, self.seconds, self.asking = {}, 0.0, 0.0
         return record
 

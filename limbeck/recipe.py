@@ -89,8 +89,8 @@ class Net(Named):
         the data.
     store: `auto` stores its answers as it gives them, and reads those that are there already: the arms of a
         board ask it once.
-    fold, channels_last, stop: ways to answer sooner that are taken where they are exact to rounding: BatchNorm
-        folded into convolutions, the layout that suits these, and no forward beyond its last tap.
+    fold, channels_last, stop: ways to answer sooner that are taken where they are exact to rounding:
+        BatchNorm folded into convolutions, the layout that suits these, no forward beyond its last tap.
     """
 
     weights: str | None = Field(None, min_length=1)

@@ -74,7 +74,9 @@ def moods(run: Run) -> list[float]:
 
 
 def timeless(result: dict[str, Any]) -> dict[str, Any]:
-    stages = [{k: v for k, v in stage.items() if k not in ("seconds", "asking")} for stage in result["stages"]]
+    stages = [
+        {k: v for k, v in stage.items() if k not in ("seconds", "asking")} for stage in result["stages"]
+    ]
     return {k: v for k, v in result.items() if k not in ("seconds", "asking", "stages")} | {"stages": stages}
 
 

@@ -1,5 +1,5 @@
-"""A transform of another library (torchvision's `transforms.v2`, `kornia.augmentation`, or your own class), as
-a view that can be shown again.
+"""A transform of another library (torchvision's `transforms.v2`, `kornia.augmentation`, your own class) as a
+view that can be shown again.
 
     augment = [{ name = "torchvision.transforms.v2:RandomRotation", degrees = 10 }]
 
@@ -47,8 +47,8 @@ def transformed(batch: Batch, change: Callable[[Any], Any], path: str) -> Batch:
             tensor = isinstance(shown, Tensor)
             found = f"{shown.dtype} {tuple(shown.shape)}" if tensor else type(shown).__name__
             raise Refused(
-                f"The transform {path} gives {found} for an image {x.dtype} {tuple(image.shape)}, expected an "
-                "image of the same dtype; let it give tensors, or put it where values are of its kind."
+                f"The transform {path} gives {found} for an image {x.dtype} {tuple(image.shape)}, expected "
+                "an image of the same dtype; let it give tensors, or put it where values are of its kind."
             )
         seen.append(shown.reshape(1, *shown.shape[-3:]))
     return batch.replace(x=torch.cat(seen))

@@ -418,7 +418,10 @@ def test_a_pair_a_method_cannot_compare_is_refused_with_both_shapes() -> None:
         def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
             return (s.at["hidden"] - t.at["hidden"]).mean()
 
-    refuse(r"'direct' cannot compare.*the student shows 'hidden' \(6, 5\), the teacher 'hidden' \(6, 8\)", Direct())
+    refuse(
+        r"'direct' cannot compare.*the student shows 'hidden' \(6, 5\), the teacher 'hidden' \(6, 8\)",
+        Direct(),
+    )
 
 
 def test_what_a_method_needs_and_the_example_lacks_is_refused_by_name() -> None:

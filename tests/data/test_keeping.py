@@ -91,7 +91,7 @@ def test_what_was_stored_before_a_stop_is_not_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeping, "NOTED", 0.0)
-    first, asked, lesson = made(tmp_path)
+    first, _, lesson = made(tmp_path)
     told = [first(lesson.at(step)) for step in range(2)]
     del first
     second, again, _ = made(tmp_path)
