@@ -243,7 +243,8 @@ class Board:
                     "asking": statistics.fmean(_sum("asking", r, self.begin) for r in results),
                     "how": results[0]["stages"][self.begin]["teachers"],
                     "parameters": results[0]["parameters"],
-                    "hints": [] if self._skips(plan) else [_hints(r, self.begin) for r in results],
+                    "hints": [] if self._skips(plan) else [_noted("hints", r, self.begin) for r in results],
+                    "pictures": [] if self._skips(plan) else _noted("pictures", results[0], self.begin) or [],
                     "stages": self._stages(plan, results),
                     "curves": [
                         _curve(folder, self.begin, result)
@@ -535,10 +536,10 @@ def _arm(whole: recipe.Recipe, begin: int, name: str, changes: Mapping[str, Any]
     return arm
 
 
-def _hints(result: Mapping[str, Any], stage: int) -> dict[str, Any] | None:
-    """The teacher's taps that clustering chose there, by term; None where nobody asked it to."""
-    found: dict[str, Any] | None = result["stages"][stage].get("hints")
-    return found
+def _noted(what: str, result: Mapping[str, Any], stage: int) -> Any:
+    """What a run notes of some stages only: `hints`, the teacher's taps that clustering chose, by term;
+    `pictures` of what was reconstructed. None where there is none."""
+    return result["stages"][stage].get(what)
 
 
 def _sum(of: str, result: Mapping[str, Any], begin: int) -> float:

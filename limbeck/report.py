@@ -53,6 +53,10 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
         trust=_trust(result),
         samples=_samples(result),
         asking=_asking(result),
+        pictures=[(arm["name"], arm["pictures"]) for arm in result["arms"] if arm["pictures"]],
+        hints=[
+            (arm["name"], list(map(_layers, arm["hints"]))) for arm in result["arms"] if any(arm["hints"])
+        ],
         control=_control(result),
         changes=[(arm["name"], _toml_lines(arm["changes"])) for arm in _all(result)],
         toml=board_toml(result),
@@ -257,6 +261,12 @@ def _rows(result: Mapping[str, Any], metric: Metric) -> list[Row]:
             )
         rows.append(row)
     return rows + [Row(one["name"], NONE, None, verdict=_lost(one, result)) for one in result["diverged"]]
+
+
+def _layers(hints: Mapping[str, Mapping[str, str]] | None) -> str:
+    """`stage1 ← layer1.2, stage2 ← layer3.0`, for each term that asked."""
+    terms = (hints or {}).values()
+    return "; ".join(", ".join(f"{name} ← {tap}" for name, tap in taps.items()) for taps in terms)
 
 
 def _asking(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -32,6 +32,8 @@ from limbeck.core.refused import Refused
 from limbeck.core.task import Task
 from limbeck.data.loader import Loader
 from limbeck.engine import Engine, Record, evaluate
+from limbeck.pictures import reconstructions
+from limbeck.tasks.reconstruct import Reconstruct
 
 _RUN = ("fingerprint", "recipe", "seed", "environment")
 _RESULT = ("shipped", "scores", "last", "best", "parameters", "seconds", "stages")
@@ -240,6 +242,8 @@ class Run:
         hints = {place: taps for place, taps in self.lab.hints.items() if place.startswith(f"{self.stage}.")}
         if hints:
             final["hints"] = hints
+        if isinstance(task := self.lab.tasks[self.stage], Reconstruct):
+            final["pictures"] = reconstructions(shipped, task, self.lab.splits.test)
         self.finals.append(final)
         self.best = None
         place = answers.place(self.folder, stage.learns)

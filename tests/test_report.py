@@ -66,6 +66,8 @@ def arm(name: str, scores: list[float], control: list[float] | None) -> dict[str
         "scores": scores,
         "all": [{"valid.accuracy": score, "test.accuracy": score} for score in scores],
         "stages": [],
+        "hints": [None for _ in scores],
+        "pictures": [],
         "mean": statistics.fmean(scores),
         "sd": statistics.stdev(scores) if len(scores) > 1 else None,
         "difference": None if control is None else boards.paired(scores, control),
@@ -522,6 +524,25 @@ def test_without_a_teacher_calibration_is_still_told(tmp_path: Path) -> None:
 def test_what_the_teachers_cost_stands_beside_the_arms_that_have_one(tmp_path: Path) -> None:
     rows = page(tmp_path, board({"kd": HELPS})).tables[-1]
     assert rows[1:] == [["kd", "3.2", "1.5", "live, channels_last"]]
+
+
+def test_chosen_layers_and_reconstructions_are_shown(tmp_path: Path) -> None:
+    result = board({"at": HELPS, "kd": UNSURE})
+    assert (
+        "Layers chosen" not in page(tmp_path, result).text
+        and "reconstructed" not in page(tmp_path, result).text
+    )
+    at = result["arms"][1]
+    at["hints"] = [{"1.0": {"stage1": "layer1.3", "stage2": f"layer2.{seed}"}} for seed in range(3)]
+    strip = {side: f"data:image/png;base64,{side}" for side in ("original", "masked", "reconstructed")}
+    at["pictures"] = [strip, {**strip, "original": None}]
+    shown = page(tmp_path, result)
+    (table,) = [
+        rows for rows in shown.tables if rows[0][1:] == ["seed 0", "seed 1", "seed 2"] and len(rows) == 2
+    ]
+    assert table[1][:2] == ["at", "stage1 ← layer1.3, stage2 ← layer2.0"]
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert [html.count(f'src="{source}"') for source in strip.values()] == [1, 2, 2]
 
 
 def test_other_conditions_and_earlier_stages_have_a_table_of_their_own(tmp_path: Path) -> None:
