@@ -1,8 +1,14 @@
-"""Data in memory, and the batches drawn from it in an order fixed by (seed, epoch)."""
+"""Data in memory or on the disk, and the batches drawn from it in an order fixed by (seed, epoch)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import tee
+from typing import Any, Self
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -11,21 +17,26 @@ from limbeck.core.batch import IGNORE, Batch, Lesson, View
 from limbeck.core.keyed import generator, number
 from limbeck.core.refused import Refused
 
+AHEAD = 2
+"""Batches of `Unread` samples that are read while the one before them is learned from."""
+
 
 @dataclass(frozen=True)
 class Data:
-    """Samples in memory. `x` (n c h w) stays as small as it came (uint8) until its batch, which is `(x *
-    scale - mean) / std`.
+    """Samples: `x` (n c h w) stays as small as it came (uint8) until its batch, which is `(x * scale - mean)
+    / std`.
 
-    y: long, -100 where nobody labelled the sample. classes: their names.
+    x: a tensor, or `Unread`. y: long, -100 where nobody labelled the sample. classes: their names. files:
+        tells the files the samples came from by their names and sizes; empty where nobody looked.
     """
 
-    x: Tensor
+    x: Any
     y: Int[Tensor, " n"]
     classes: tuple[str, ...]
     scale: float = 1.0
     mean: float | tuple[float, ...] = 0.0
     std: float | tuple[float, ...] = 1.0
+    files: str = ""
 
     def __post_init__(self) -> None:
         if len(self.x) == 0 or len(self.x) != len(self.y):
@@ -35,7 +46,7 @@ class Data:
             )
         bad = (
             (~torch.isfinite(self.x)).flatten(1).any(1)
-            if self.x.is_floating_point()
+            if self.x.dtype.is_floating_point
             else torch.zeros(1, dtype=torch.bool)
         )
         if bad.any():
@@ -55,7 +66,7 @@ class Data:
         return len(self.x)
 
     def rows(self, index: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
-        return self.to_float(self.x[index]), self.y[index]
+        return self.to_float(self.x.index_select(0, index)), self.y[index]
 
     def to_float(self, x: Tensor) -> Tensor:
         """Rows of `x` as models see them, in torch's default dtype."""
@@ -68,8 +79,11 @@ class Data:
 
     def on(self, device: torch.device) -> "Data":
         """The same samples, with `x` on an accelerator if it takes at most half of what is free there, so
-        that batches are cut and changed where they are needed; else as they are."""
-        if device.type != "cuda" or self.x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        that batches are cut and changed where they are needed; else as they are. What is unread goes there
+        batch by batch."""
+        if device.type != "cuda":
+            return self
+        if not isinstance(self.x, Unread) and self.x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             return self
         return replace(self, x=self.x.to(device))
 
@@ -77,8 +91,11 @@ class Data:
         """The same samples, which must be uint8; `mean` and `std` are now those of each of their channels,
         counted exactly. A channel that is all one value is only centred."""
         value = torch.arange(256, dtype=torch.float64) * self.scale
-        counts = [torch.bincount(channel.flatten(), minlength=256) for channel in self.x.unbind(1)]
-        share = torch.stack(counts).double() / self.x[:, 0].numel()
+        counts = torch.zeros(self.x.shape[1], 256, dtype=torch.long)
+        for first in range(0, len(self), 256):  # all at once they may not fit in memory
+            for count, channel in zip(counts, self.x[first : first + 256].unbind(1), strict=True):
+                count += torch.bincount(channel.flatten(), minlength=256)
+        share = counts.double() / counts.sum(1, keepdim=True)
         mean = share @ value
         std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt()
         std[std == 0] = 1
@@ -165,13 +182,96 @@ class Splits:
                 "The training and the validation data differ in classes, dtype, scale, mean or std, so no "
                 "validation split can be drawn from both; bring them alike, or leave `valid` out."
             )
-        x, y = torch.cat([self.train.x, self.valid.x]), torch.cat([self.train.y, self.valid.y])
+        unread = isinstance(self.train.x, Unread)
+        x = self.train.x + self.valid.x if unread else torch.cat([self.train.x, self.valid.x])
+        y = torch.cat([self.train.y, self.valid.y])
         train, valid = replace(self.train, x=x, y=y).split(share, name)
         return replace(self, train=train, valid=valid)
 
 
 def _kept(data: Data) -> tuple[object, ...]:
-    return data.classes, data.x.dtype, data.scale, data.mean, data.std
+    unread = type(data.x) if isinstance(data.x, Unread) else None
+    return data.classes, data.x.dtype, unread, data.scale, data.mean, data.std
+
+
+class Unread(ABC):
+    """Samples that are read when a batch asks for them, and a few batches ahead while one is learned from: in
+    threads, so what reads must do without Python's lock for most of its time, as Pillow's decoders do.
+
+    `Data` and `Loader` ask of it what they ask of a tensor of samples. `x[5]` and `x[3:7]` are read at once;
+    `x[rows]`, by a tensor of numbers or a mask, is fewer samples, still unread.
+
+    shape: (n c h w). device: where a batch goes once it is read.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def readers(
+        self, index: Int[Tensor, " b"], lesson: Lesson | None
+    ) -> Iterable[Callable[[], np.ndarray]]:
+        """What reads these samples, each (c h w) as a lesson shows it, or as it is. Threads call them."""
+
+    @abstractmethod
+    def chosen(self, index: Int[Tensor, " b"]) -> Self:
+        """These samples alone, numbered anew."""
+
+    @abstractmethod
+    def on(self, device: torch.device) -> Self:
+        """The same samples; a batch of them goes to another device."""
+
+    @abstractmethod
+    def __add__(self, other: Self) -> Self:
+        """These samples and the others."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice | Tensor) -> Any:
+        index = torch.arange(len(self))[rows]
+        if isinstance(rows, Tensor):
+            return self.chosen(index)
+        return self.index_select(0, index) if index.ndim else self.index_select(0, index[None])[0]
+
+    def index_select(self, axis: int, index: Int[Tensor, " b"]) -> Tensor:
+        assert axis == 0, "samples are read whole"
+        return next(self.batches([(index, None)]))
+
+    def batches(self, asked: Iterable[tuple[Tensor, Lesson | None]]) -> Iterator[Tensor]:
+        """The rows of each batch in turn. What cannot be read is refused when its batch is due."""
+        pinned = self.device.type == "cuda"  # only from there are they copied while the device works on
+        threads = ThreadPoolExecutor()
+        waiting = deque[Callable[[], Tensor]]()
+        try:
+            for index, lesson in asked:
+                waiting.append(self._begun(index, lesson, threads, pinned))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft()()
+            while waiting:
+                yield waiting.popleft()()
+        finally:  # also when whoever drew the batches wants no more
+            threads.shutdown(cancel_futures=True)
+
+    def _begun(
+        self, index: Tensor, lesson: Lesson | None, threads: ThreadPoolExecutor, pinned: bool
+    ) -> Callable[[], Tensor]:
+        """Have a batch read; what is given waits for it."""
+        x = torch.empty(len(index), *self.shape[1:], dtype=self.dtype, pin_memory=pinned)
+        places = x.numpy()
+
+        def put(place: int, read: Callable[[], np.ndarray]) -> None:
+            places[place] = read()
+
+        parts = [threads.submit(put, *each) for each in enumerate(self.readers(index, lesson))]
+
+        def finished() -> Tensor:
+            for part in parts:
+                part.result()
+            return x.to(self.device, non_blocking=True)
+
+        return finished
 
 
 class Loader:
@@ -222,11 +322,31 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from step `start` of it."""
-        for step in range(start, self.steps):
-            yield self.at(epoch * self.steps + step)
+        steps = range(epoch * self.steps + start, (epoch + 1) * self.steps)
+        return self._batches(map(self._drawn, steps), self.augment)
 
     def at(self, step: int, seed: int | None = None) -> Batch:
         """The batch of a step counted over all epochs. `seed` stands in for the loader's own."""
+        return self.rows(*self._drawn(step, seed), self.augment)
+
+    def once(self, batch: int) -> Iterator[Batch]:
+        """Every row once, in order, as it is: for evaluation."""
+        lesson = self.lesson(0, 0)
+        return self._batches(((index, lesson) for index in torch.arange(len(self.data)).split(batch)), None)
+
+    def rows(
+        self, index: Int[Tensor, " b"], lesson: Lesson, augment: Sequence[View] | None = None
+    ) -> Batch:
+        """A batch of these rows as a lesson shows them, through the views `augment`; None: as they are."""
+        return next(self._batches([(index, lesson)], augment))
+
+    def lesson(self, epoch: int, step: int) -> Lesson:
+        return Lesson(
+            self.seed, epoch, self.epochs, step, len(self.data), len(self.data.classes), self.data.y
+        )
+
+    def _drawn(self, step: int, seed: int | None = None) -> tuple[Tensor, Lesson]:
+        """The rows of a step, and the lesson they are for."""
         epoch, place = divmod(step, self.steps)
         lesson = self.lesson(epoch, step)
         if seed is not None:
@@ -234,26 +354,23 @@ class Loader:
         order = self._order(lesson.seed, epoch)
         share = self.batch // self.ranks
         first = place * self.batch + self.rank * share
-        return self.rows(order[first : first + share], lesson, self.augment)
+        return order[first : first + share], lesson
 
-    def once(self, batch: int) -> Iterator[Batch]:
-        """Every row once, in order: for evaluation."""
-        for index in torch.arange(len(self.data)).split(batch):
-            yield self.rows(index, self.lesson(0, 0))
-
-    def rows(self, index: Int[Tensor, " b"], lesson: Lesson, augment: Sequence[View] = ()) -> Batch:
-        home = self.data.x.device
-        here = index.to(home)
-        x = self.data.x.index_select(0, here)  # copies whole samples; `x[index]` would go number by number
-        batch = Batch(x, self.data.y[index].to(home), here, lesson)
-        for view in augment:
-            batch = view(batch)
-        return batch.replace(x=self.data.to_float(batch.x))
-
-    def lesson(self, epoch: int, step: int) -> Lesson:
-        return Lesson(
-            self.seed, epoch, self.epochs, step, len(self.data), len(self.data.classes), self.data.y
-        )
+    def _batches(
+        self, drawn: Iterable[tuple[Tensor, Lesson]], augment: Sequence[View] | None
+    ) -> Iterator[Batch]:
+        """What is random is drawn here, in order, and views are run here: threads only read."""
+        kept, home = self.data.x, self.data.x.device
+        drawn, asked = tee(drawn)
+        if isinstance(kept, Unread):
+            xs = kept.batches((index, None if augment is None else lesson) for index, lesson in asked)
+        else:  # copies whole samples; `x[index]` would go number by number
+            xs = (kept.index_select(0, index.to(home)) for index, _ in asked)
+        for (index, lesson), x in zip(drawn, xs, strict=True):
+            batch = Batch(x, self.data.y[index].to(home), index.to(home), lesson)
+            for view in augment or ():
+                batch = view(batch)
+            yield batch.replace(x=self.data.to_float(batch.x))
 
     def _order(self, seed: int, epoch: int) -> Int[Tensor, " n"]:
         key = (seed, epoch)
