@@ -1,44 +1,84 @@
 """Images in folders, one folder for each class: `root/CLASS/IMAGE`, or `root/train/CLASS/IMAGE` and beside
 `train` as many of `valid` (or `val`) and `test` as there are.
 
-Every image is decoded once, turned as its EXIF says, made RGB (transparency is dropped), and cut to the
-square about its centre, which is brought to `size`. What the folders do not hold apart is drawn by the files'
-names: it stays as it is when the folder is copied, and nearly so when images are added. Names that begin with
-a dot are passed over, and so are files beside the folders of classes. Pillow comes with matplotlib.
+An image is turned as its EXIF says, made RGB (transparency is dropped), and cut to the square about its
+centre, which is brought to `size`. All are decoded once, into memory; or, where they are too many for that,
+each whenever a batch asks for it, which then may show any part of it. What the folders do not hold apart is
+drawn by the files' names: it stays as it is when the folder is copied, and nearly so when images are added.
+Names that begin with a dot are passed over, and so are files beside the folders of classes. Pillow comes with
+matplotlib.
 """
 
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from limbeck.core.keyed import number
+from limbeck.core.batch import Lesson
+from limbeck.core.keyed import keyed, number
 from limbeck.core.refused import Refused
-from limbeck.data.loader import Data, Splits
+from limbeck.data.loader import Data, Splits, Unread
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not those that start another program
 DEEP = ("I", "F")  # Pillow's modes of more than 8 bits; it would cut their values off, not scale them
+TRIES = 10  # at a part that lies within its image
+WIDEST = 4 / 3  # a part, width to height; the narrowest is the inverse
 
 Files = Mapping[str, list[Path]]
 """The images of each class, sorted; classes sorted too."""
 
 
-def load(root: str, size: int = 32, valid: float = 0.1, test: float = 0.2) -> Splits:
+def load(
+    root: str,
+    size: int = 32,
+    valid: float = 0.1,
+    test: float = 0.2,
+    decode: Literal["once", "always"] = "once",
+    crop: Sequence[float] | None = None,
+    normalise: Sequence[Sequence[float]] | None = None,
+) -> Splits:
     """Three parts of uint8 images (n 3 size size), whose mean and std are the training part's.
 
     test: the share of each class that is for testing, 0 … 1, when `root` has no folder for that. valid: the
-    share of the others that choices are made on, likewise. Raises `Refused`, naming the file or folder.
+    share of the others that choices are made on, likewise. decode: `always` decodes an image whenever it is
+    shown, so that memory does not grow with their number; both show the same bit for bit. crop: what lessons
+    show of an image that is decoded for them, as `part` draws it: the least and the largest share of its
+    area, 0 … 1. normalise: [mean, std] of pixel values in 0 … 1, a number for each channel, in place of the
+    training part's own, for which each image has to be decoded once before the first step. Raises `Refused`,
+    naming the file or folder.
     """
     if size < 1 or not 0 < valid < 1 or not 0 < test < 1:
         raise Refused(
             f"The images of {root} were asked for with size {size}, valid {valid} and test {test}, expected "
             "a size of 1 or more and shares between 0 and 1; try 32, 0.1 and 0.2."
         )
+    if crop is not None and (len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1):
+        raise Refused(
+            f"`crop` is {list(crop)}, expected the least and the largest share of an image's area, between 0 "
+            "and 1; try [0.2, 1.0]."
+        )
+    if crop is not None and decode == "once":
+        raise Refused(
+            "`crop` shows another part of an image each time it is decoded, and decode = 'once' does that "
+            "once; set decode = 'always', or leave `crop` out."
+        )
+    if normalise is not None and not ([*map(len, normalise)] == [3, 3] and min(normalise[1]) > 0):
+        raise Refused(
+            f"`normalise` is {[*map(list, normalise)]}, expected [mean, std], each of three channels and std "
+            "above 0; leave it out to have both counted."
+        )
+    above = Path(root).expanduser()
     try:
-        train, held = _parts(Path(root).expanduser())
+        train, held = _parts(above)
+        files = {"train": _told(train, above), **{part: _told(its, above) for part, its in held.items()}}
     except OSError as error:
         raise Refused(f"{error.filename} cannot be read: {error.strerror}.") from None
     names = tuple(train)
@@ -46,13 +86,81 @@ def load(root: str, size: int = 32, valid: float = 0.1, test: float = 0.2) -> Sp
         train, held["test"] = _drawn(train, test, "test")
     if "validation" not in held:
         train, held["validation"] = _drawn(train, valid, "validation")
-    x, y = _decoded(train, size)
-    learned = Data(x, y, names, 1 / 255).standardised()
-    rest = {
-        part: Data(*_decoded(files, size), names, learned.scale, learned.mean, learned.std)
-        for part, files in held.items()
-    }
-    return Splits(learned, rest["validation"], rest["test"])
+
+    def data(part: str, chosen: Files) -> Data:
+        images = Images([path for paths in chosen.values() for path in paths], size)
+        y = torch.tensor([label for label, paths in enumerate(chosen.values()) for _ in paths])
+        x = images if decode == "always" else images[:]
+        return Data(x, y, names, 1 / 255, files=files.get(part, files["train"]))
+
+    learned = data("train", train)
+    if normalise is None:
+        learned = learned.standardised()
+    else:
+        learned = replace(learned, mean=tuple(normalise[0]), std=tuple(normalise[1]))
+    valid_, test_ = (
+        replace(data(part, held[part]), mean=learned.mean, std=learned.std) for part in ("validation", "test")
+    )
+    if crop is not None:
+        learned = replace(learned, x=replace(learned.x, crop=(crop[0], crop[1])))
+    return Splits(learned, valid_, test_)
+
+
+@dataclass(frozen=True, eq=False)
+class Images(Unread):
+    """Images that stay on the disk until a batch asks for them. With `crop` a lesson shows a part of each."""
+
+    paths: Sequence[Path]
+    size: int
+    crop: tuple[float, float] | None = None
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.uint8
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size((len(self.paths), 3, self.size, self.size))
+
+    def readers(
+        self, index: Int[Tensor, " b"], lesson: Lesson | None
+    ) -> Iterable[Callable[[], np.ndarray]]:
+        paths = [self.paths[row] for row in index.tolist()]
+        if self.crop is None or lesson is None:
+            return [partial(_image, path, self.size) for path in paths]
+        draws = keyed(lesson, index, "part of an image", 4 * TRIES).unflatten(1, (TRIES, 4)).tolist()
+        return [
+            partial(_image, path, self.size, partial(part, share=self.crop, draws=its))
+            for path, its in zip(paths, draws, strict=True)
+        ]
+
+    def chosen(self, index: Int[Tensor, " b"]) -> "Images":
+        return replace(self, paths=[self.paths[row] for row in index.tolist()])
+
+    def on(self, device: torch.device) -> "Images":
+        return replace(self, device=device)
+
+    def __add__(self, other: "Images") -> "Images":
+        return replace(self, paths=[*self.paths, *other.paths])
+
+
+def part(
+    width: int, height: int, share: tuple[float, float], draws: Sequence[Sequence[float]]
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a part of an image: a share of its area between two, and 3/4 to 4/3 as
+    wide as high (C. Szegedy et al.; CVPR 2015; arXiv:1409.4842, section 6).
+
+    draws: for each try area, ratio, left and top in [0, 1). The first part that fits is taken, and where none
+    does the largest of such ratio about the centre, as torchvision's RandomResizedCrop does.
+    """
+    least, most = share
+    for area, ratio, left, top in draws:
+        pixels, stretch = width * height * (least + (most - least) * area), WIDEST ** (2 * ratio - 1)
+        w, h = round(math.sqrt(pixels * stretch)), round(math.sqrt(pixels / stretch))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
+            return x, y, x + w, y + h
+    w, h = min(width, round(height * WIDEST)), min(height, round(width * WIDEST))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
 
 
 def _parts(root: Path) -> tuple[Files, dict[str, Files]]:
@@ -116,18 +224,19 @@ def _drawn(files: Files, share: float, part: str) -> tuple[Files, Files]:
     return rest, drawn
 
 
-def _decoded(files: Files, size: int) -> tuple[Tensor, Tensor]:
-    paths = [path for some in files.values() for path in some]
-    y = torch.tensor([label for label, some in enumerate(files.values()) for _ in some])
-    x = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor() as readers:  # Pillow decodes without Python's lock
-        for place, image in zip(x, readers.map(lambda path: _image(path, size), paths), strict=True):
-            place.copy_(torch.from_numpy(image).permute(2, 0, 1))
-    return x, y
+def _told(files: Files, root: Path) -> str:
+    """sha256 of the names and sizes of files; it stays as it is when `root` is copied."""
+    found = sha256()
+    for paths in files.values():
+        for path in paths:
+            found.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+    return found.hexdigest()
 
 
-def _image(path: Path, size: int) -> np.ndarray:
-    """An image, uint8 (size size 3)."""
+def _image(
+    path: Path, size: int, cut: Callable[[int, int], tuple[int, int, int, int]] | None = None
+) -> UInt8[np.ndarray, "3 h h"]:
+    """An image: its centre square, or what `cut` makes of its width and height."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -135,8 +244,11 @@ def _image(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
             deep = image.mode.startswith(DEEP)
-            turned = ImageOps.exif_transpose(image)
-            square = ImageOps.fit(turned.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+            whole = ImageOps.exif_transpose(image).convert("RGB")
+            if cut is None:
+                square = ImageOps.fit(whole, (size, size), Image.Resampling.BILINEAR)
+            else:
+                square = whole.crop(cut(*whole.size)).resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # decoders of damaged files raise what they like
         raise Refused(
             f"{path} cannot be read as an image ({str(error) or type(error).__name__}), expected "
@@ -144,4 +256,4 @@ def _image(path: Path, size: int) -> np.ndarray:
         ) from None
     if deep:
         raise Refused(f"{path} has more than 8 bits a pixel, expected 8; save it with 8, or remove it.")
-    return np.array(square)
+    return np.array(square).transpose(2, 0, 1)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from limbeck.core.taps import Seen
 from limbeck.core.teachers import Teacher
 from limbeck.data.loader import Loader
 from limbeck.data.records import encode
-from limbeck.data.store import Absent, Header, Store
+from limbeck.data.store import Absent, Header, Store, drawn, same, shown, witness
 from limbeck.data.store_write import (
     NOTED,
     alone,
@@ -46,9 +47,11 @@ class Keeping(Teacher):
             teacher, under other views or of other taps is another store. None: nothing is written.
         called: its name, which a store's folder begins with.
 
-    Answers are kept as `limbeck.data.store_write.write` does by default. Methods that need the live teacher
-    refuse it by name, as they do a `Stored` one. Where another process is writing the same epoch this one
-    only answers.
+    Answers are kept as `limbeck.data.store_write.write` does by default, once `check` has seen that they can
+    be; before that, in dry runs, nothing is written. The teacher answers in its own precision, whatever the
+    lesson computes in, so that it does not matter who asked first. Methods that need the live teacher refuse
+    it by name, as they do a `Stored` one. Where another process is writing the same epoch this one only
+    answers.
     """
 
     offers: ClassVar[frozenset[str]] = frozenset()
@@ -58,20 +61,26 @@ class Keeping(Teacher):
         self._names: tuple[str, ...] = ()
         self._planned: Header | None = None
         self._shard: _Shard | None = None
+        self._checked = False
+        self._device = torch.device("cpu")
 
     @property
     def header(self) -> Header:
         """What is kept of whom."""
         if self._planned is None:
             taps = dict.fromkeys(self._names, TAPS_AS)
-            self._planned = plan(self.teacher, self.loader, taps=taps)
+            self._planned = plan(self.teacher, self.loader, taps=taps, device=str(self._device))
         return self._planned
 
     @property
     def folder(self) -> Path | None:
         """Where this very lesson's answers are."""
-        key = sha256(self.header.text().encode()).hexdigest()[:12]
-        return None if self.place is None else self.place / f"{self.called}-{key}"
+        if self.place is None:
+            return None
+        # The header tells of epoch 0, where a view of old draws still shows what every other one does.
+        later = drawn(self.loader, 1)
+        told = f"{self.header.text()} {witness(later)} {shown(self.teacher, later)}"
+        return self.place / f"{quote(self.called, safe=' ')}-{sha256(told.encode()).hexdigest()[:12]}"
 
     @property
     def kept(self) -> str:
@@ -86,14 +95,21 @@ class Keeping(Teacher):
     # A compiler cannot follow a look into a file.
     @torch.compiler.disable
     def __call__(self, batch: Batch) -> Seen:
-        assert batch.index is not None
+        if batch.index is None:
+            raise Refused(
+                f"The answers of the {self.called} are kept by the samples' numbers, and the batch has no "
+                "`index`; leave its `store` out."
+            )
         index = batch.index.cpu().numpy()
         shard = self._of(batch.lesson.epoch)
         found = None if shard is None else shard.read(index)
         if found is None:
-            found = self._recorded(self.teacher(batch))
+            with torch.autocast(batch.index.device.type, enabled=False):
+                found = self._recorded(self.teacher(batch))
             if shard is not None:
-                shard.write(index, found, last=(batch.lesson.step + 1) % self.loader.steps == 0)
+                found = shard.write(index, found)
+        if shard is not None and (batch.lesson.step + 1) % self.loader.steps == 0:
+            shard.end()
         return self._seen(found, batch)
 
     def through(self, x: Any) -> Seen:
@@ -114,24 +130,42 @@ class Keeping(Teacher):
                 f"The {self.called} is shown {batch.rows} rows of {rows} samples at once, and a store keeps "
                 "one answer for each; leave its `store` out."
             )
+        if self.loader.per_class is not None and self._mixes():
+            raise Refused(
+                f"With `per_class` a sample may come twice in an epoch, and is shown to the {self.called} "
+                "mixed with another one each time, where a store keeps one answer; leave its `store` out."
+            )
+        self._device = batch.index.device
         if (folder := self.folder) is not None:
             refuse_full(folder, self.header, range(self.loader.epochs))
+        self._checked = True
         return self._seen(self._recorded(self.teacher.check(batch)), batch)
 
     def how(self) -> str:
         return f"stored as it answers, {self.header.record.itemsize} bytes a sample; {self.teacher.how()}"
 
+    def _mixes(self) -> bool:
+        """Whether what is shown of a row depends on its neighbours."""
+        batch, view = self.loader.at(0), getattr(self.teacher, "view", None)
+        assert batch.index is not None
+        beside_others = self.loader.rows(batch.index.roll(1), batch.lesson, self.loader.augment)
+        one, other = (part if view is None else view(part) for part in (batch, beside_others))
+        return not torch.equal(one.x.roll(1, 0), other.x)
+
     def _of(self, epoch: int) -> "_Shard | None":
         """The shard of an epoch; None where nothing is to be written."""
-        folder = self.folder if self._shard is None else self._shard.folder
-        if folder is None:
+        if not self._checked or self.place is None:
             return None
         if self._shard is None:
+            folder = self.folder
+            assert folder is not None
             with on_disk(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 begin(folder, self.header, self.loader, self.teacher)
-        if self._shard is None or self._shard.epoch != epoch:
             self._shard = _Shard(folder, self.header, self.loader, epoch)
+        elif self._shard.epoch != epoch:
+            self._shard.close()
+            self._shard = _Shard(self._shard.folder, self.header, self.loader, epoch)
         return self._shard
 
     def _recorded(self, seen: Seen) -> np.ndarray:
@@ -182,27 +216,47 @@ class _Shard:
             return None
         return np.asarray(self._records.take(index))
 
-    def write(self, index: np.ndarray, found: np.ndarray, last: bool) -> None:
-        """Put records where they belong; `last`: they are of the epoch's last batch."""
+    def write(self, index: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """Put records where they belong, and give what is there now: of a row that was there the first."""
         if self._records is None:
-            return
-        self._records[index] = found
+            return found
+        new = ~self._present[index]
+        self._records[index[new]] = found[new]
         self._present[index] = True
+        if time.monotonic() - self._noted > NOTED:
+            self._note(0)
+        return np.asarray(self._records.take(index))
+
+    def end(self) -> None:
+        """Make it part of the store, if it is not and the epoch's last batch is there whole."""
+        if self._records is None or not self._present[self._last_rows()].all():
+            return
+        self._note(self.loader.steps + 1)
         with on_disk(self.folder):
-            if last and self._present[self._last_rows()].all():
-                note_progress(self._file, self._part, self.loader.steps + 1, self._present)
-                seal(self.folder, self.header, self.loader, self.epoch, self._file)
-                self._open.close()
-                self._records = None
-                self._found()
-            elif time.monotonic() - self._noted > NOTED:
-                note_progress(self._file, self._part, 0, self._present)
-                self._noted = time.monotonic()
+            seal(self.folder, self.header, self.loader, self.epoch, self._file)
+        self._records = None
+        self._open.close()
+        self._found()
+
+    def close(self) -> None:
+        """Let others write it, from where it is."""
+        if self._records is not None:
+            self._note(0)
+            self._records = None
+        self._open.close()
+
+    def _note(self, done: int) -> None:
+        with on_disk(self.folder):
+            note_progress(self._file, self._part, done, self._present)
+        self._noted = time.monotonic()
 
     def _found(self) -> None:
-        self._store = Store(self.folder)
+        store = Store(self.folder)
+        # A view of somebody's own may change with the epoch: what it shows now is asked for now.
+        if same(store.witness(self.epoch), witness(drawn(self.loader, self.epoch))):
+            self._store = store
 
     def _last_rows(self) -> np.ndarray:
         last = self.loader.at((self.epoch + 1) * self.loader.steps - 1).index
         assert last is not None
-        return last.numpy()
+        return last.cpu().numpy()

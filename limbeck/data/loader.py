@@ -83,7 +83,9 @@ class Data:
         batch by batch."""
         if device.type != "cuda":
             return self
-        if not isinstance(self.x, Unread) and self.x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        if isinstance(self.x, Unread):
+            return replace(self, x=self.x.on(device))
+        if self.x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             return self
         return replace(self, x=self.x.to(device))
 
