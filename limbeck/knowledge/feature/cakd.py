@@ -99,9 +99,9 @@ def crossed(s: QKV, t: QKV, draw: QKV, share: float) -> QKV:
     return torch.where(draw < share, t, s)
 
 
-def pca(s: QKV, t: QKV, mixed: QKV) -> Float[Tensor, ""]:
+def pca(s: QKV, t: QKV, mixed: QKV, values: float = 1.0) -> Float[Tensor, ""]:
     """How far the attention of `mixed`, and the likeness of the student's values, are from the teacher's."""
-    return _gap(attention(mixed), attention(t)) + _gap(alike(s[2], s[2]), alike(t[2], t[2]))
+    return _gap(attention(mixed), attention(t)) + values * _gap(alike(s[2], s[2]), alike(t[2], t[2]))
 
 
 def pca_of_the_code(
@@ -211,8 +211,9 @@ class CAKD(Method):
     qkv: of the teacher, what its last attention is made of: one tap of queries, keys and values side by side
         (b n 3d), or three taps, in this order.
     mode: `paper`, or `code` for the losses of the authors' release. cross_prob, dropout: in training, in
-        mode `paper`. group: side of a neighbourhood. adversary: lambda; at 0 there is no discriminator.
-        saturating: the paper's form of its loss.
+        mode `paper`. values: there, the weight of their likeness, whose gap grows with the fourth power of a
+        teacher's values and may drown the rest. group: side of a neighbourhood. adversary: lambda; at 0 there
+        is no discriminator. saturating: the paper's form of its loss.
     heads: of the teacher's attention. None reads them off the teacher; where nothing there tells, they are
         64 wide, as a ViT's are, or one.
     """
@@ -238,6 +239,7 @@ class CAKD(Method):
         mode: str = "paper",
         cross_prob: float = 0.5,
         dropout: float = 0.1,
+        values: float = 1.0,
         group: int = 4,
         adversary: float = 0.1,
         saturating: bool = False,
@@ -246,14 +248,15 @@ class CAKD(Method):
         super().__init__()
         self.tap, self.tokens, self.qkv = tap, tokens, (qkv,) if isinstance(qkv, str) else tuple(qkv)
         self.mode, self.cross_prob, self.dropout, self.group = mode, cross_prob, dropout, group
-        self.adversary, self.saturating, self.heads = adversary, saturating, heads
+        self.values, self.adversary, self.saturating, self.heads = values, adversary, saturating, heads
         if mode not in ("paper", "code"):
             raise Refused(f"The mode of 'cakd' is '{mode}'; expected 'paper' or 'code'.")
-        if not (0 <= cross_prob <= 1 and 0 <= dropout < 1 and 0 <= adversary < math.inf and group >= 1):
+        weighed = all(0 <= weight < math.inf for weight in (values, adversary))
+        if not (0 <= cross_prob <= 1 and 0 <= dropout < 1 and weighed and group >= 1):
             raise Refused(
-                f"Method 'cakd' was given cross_prob = {cross_prob}, dropout = {dropout}, adversary = "
-                f"{adversary} and group = {group}; expected a share of 0 to 1, one below 1, a number of 0 or "
-                "more, and a side of 1 or more."
+                f"Method 'cakd' was given cross_prob = {cross_prob}, dropout = {dropout}, values = {values}, "
+                f"adversary = {adversary} and group = {group}; expected a share of 0 to 1, one below 1, two "
+                "weights of 0 or more, and a side of 1 or more."
             )
         if len(self.qkv) not in (1, 3):
             raise Refused(
@@ -289,7 +292,8 @@ class CAKD(Method):
         with torch.no_grad():
             self.cosine.copy_(F.cosine_similarity(here, there, dim=2).mean())
         if self.mode == "paper":
-            loss = pca(mine, theirs, self._mixed(mine, theirs, batch)) + _gap(here, there)
+            mixed = self._mixed(mine, theirs, batch)
+            loss = pca(mine, theirs, mixed, self.values) + _gap(here, there)
         else:
             token = t.at[self.tokens][:, 0] if self.class_token else there.mean(1)
             loss = pca_of_the_code(mine, theirs) + 0.05 * _gap(here, there)

@@ -70,6 +70,8 @@ def test_partially_crossed_attention_is_the_equation() -> None:
     mixed = crossed(S, T, torch.rand(S.shape, generator=DRAW, dtype=torch.float64), 0.5)
     assert pca(S, T, mixed).item() == pytest.approx(slow_pca(S, T, mixed), rel=1e-12)
     assert pca(S, T, S).item() == pytest.approx(slow_pca(S, T, S), rel=1e-12)  # nothing crossed: equation 2
+    seen, alike = pca(S, T, mixed, values=0.0), pca(S, T, T)  # its terms, each by itself
+    torch.testing.assert_close(pca(S, T, mixed, values=0.3), seen + 0.3 * alike)
 
 
 def test_the_releases_form_compares_scores_meaned_over_heads() -> None:
@@ -238,14 +240,14 @@ def test_shapes_and_the_class_token_left_out(pool: str) -> None:
 
 
 def test_the_whole_loss_is_its_parts_in_eval() -> None:
-    distiller = lesson(adversary=0.3)
+    distiller = lesson(adversary=0.3, values=0.2)
     cakd = method(distiller)
     sight = distiller.eval().see(rows())
     (s, batch), t = sight.students[0], sight.teachers[0]
     mine, theirs = cakd._queries(s), cakd._teachers_queries(t)
     here, there = cakd.to_tokens(s.at["stage3"]), t.at["stage3"][:, 1:]
     fooled = -cakd.critic(here).sigmoid().log().mean()
-    truth = pca(mine, theirs, mine) + (here - there).square().mean() + 0.3 * fooled
+    truth = pca(mine, theirs, mine, 0.2) + (here - there).square().mean() + 0.3 * fooled
     torch.testing.assert_close(cakd.loss(s, t, batch), truth)
     cakd.saturating = True
     truth = truth - 0.3 * fooled + 0.3 * (1 - cakd.critic(here).sigmoid()).log().mean()
@@ -747,6 +749,7 @@ def test_windows_that_do_not_tile_the_grid_are_refused() -> None:
         ({"cross_prob": 1.5}, "cross_prob = 1.5"),
         ({"dropout": 1.0}, "dropout = 1.0"),
         ({"adversary": -1.0}, "adversary = -1.0"),
+        ({"values": math.inf}, "values = inf"),
         ({"group": 0}, "group = 0"),
         ({"qkv": ("a", "b")}, "2 taps as `qkv`"),
     ],
