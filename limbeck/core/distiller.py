@@ -116,7 +116,10 @@ class Distiller(nn.Module):
                     f"{looks}; pair one of these."
                 )
             self._tapped.look(method.looks())
-            self._teachers[use.teacher].look(pairs.get(name, name) for name in method.teacher_looks())
+            try:
+                self._teachers[use.teacher].look(pairs.get(name, name) for name in method.teacher_looks())
+            except Refused as error:
+                raise Refused(f"Method '{use.name}' cannot look at its teacher: {error}") from error
         read = {u.teacher for u in self._uses if u.term.through or self._method(u).card.reads_out}
         self._asked = [(teacher, place in read) for place, teacher in enumerate(self._teachers)]
         if task is None and not self._uses:

@@ -46,6 +46,7 @@ class CNN(nn.Module):
     TAPS = {  # noqa: RUF012
         **{f"stage{n + 1}": f"stages.{n}" for n in range(3)},
         **{f"stage{n + 1}_pre": f"stages.{n}.1" for n in range(3)},
+        **{f"stage{n + 1}_qkv": f"stages.{n}" for n in range(3)},  # no attention: who needs one refuses
         "pooled": "head:in",
     }
 
@@ -81,6 +82,7 @@ class ViT(nn.Module):
     TAPS = {  # noqa: RUF012
         **{f"stage{n + 1}": f"blocks.{n}" for n in range(3)},
         **{f"stage{n + 1}_pre": f"blocks.{n}" for n in range(3)},  # a block ends in a sum, not in a ReLU
+        **{f"stage{n + 1}_qkv": f"blocks.{n}.qkv" for n in range(3)},
         "pooled": "head:in",
     }
 
