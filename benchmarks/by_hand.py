@@ -1,10 +1,11 @@
 """The same training steps as a competent person writes them without limbeck, to time ours against.
 
-One loop for a student under a teacher, a criterion for each method, and a loop for two peers. Nothing of
-limbeck is imported; the networks are its ResNets, looked into by a forward that returns what is wanted.
-Formulas are those of the papers' official code, in plain autograd. Where that is wasteful in a way that one
-sees (CRD gathers a gigabyte a step) it is the better way: to beat a slow loop proves nothing. `GatheredCRD`
-is the official way, to be measured by itself.
+One loop for a student under a teacher, a criterion for each method, and loops of their own for two peers,
+for cross-architecture KD and its rival, and for four turns with branches. Nothing of limbeck is imported; the
+networks are its ResNets, looked into by a forward that returns what is wanted, and its vision transformer.
+Formulas are those of the papers or of their official code, in plain autograd. Where that is wasteful in a way
+that one sees (CRD gathers a gigabyte a step) it is the better way: to beat a slow loop proves nothing.
+`GatheredCRD` is the official way, to be measured by itself.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x, y, index) → what the student's loss was, detached; the student has learned."""
+"""(x, y, index) → what the loss was, of all who learn, detached; they have learned."""
 Looks = Mapping[str, Tensor]
 Net = Any
 """A ResNet of limbeck.models."""
@@ -77,71 +78,108 @@ def mutual(one: Net, other: Net) -> Step:
     return step
 
 
-def across(student: Net, teacher: Net, heads: int, width: int, grid: int) -> Step:
-    """CAKD (Liu et al. 2022) with its discriminator: the teacher is a vision transformer of limbeck.models
-    without a class token, of `grid` x `grid` patches, `width` wide."""
-    channels = widths(student)["stage3"]
-    to_qkv = nn.Conv2d(channels, 3 * width, 3, padding=1)
-    to_tokens = nn.ModuleList(nn.Linear(channels, width) for _ in range(math.ceil(grid / 4) ** 2))
-    group = torch.arange(grid)[:, None] // 4 * math.ceil(grid / 4) + torch.arange(grid) // 4
-    critic = nn.Sequential(
-        nn.Linear(width, width // 2),
-        nn.LeakyReLU(0.2),
-        nn.Linear(width // 2, width // 4),
-        nn.LeakyReLU(0.2),
-        nn.Linear(width // 4, 1),
-    )
+def across(student: Net, teacher: Net, between: "Across") -> Step:
+    """CAKD (Liu et al. 2022). Its discriminator learns first; what is returned is the sum of both losses. The
+    teacher is a vision transformer of limbeck.models without a class token."""
     student.train()
     teacher.eval()
-    optimiser = sgd([*student.parameters(), *to_qkv.parameters(), *to_tokens.parameters()])
-    rival = sgd(critic.parameters())
+    projectors = (*between.to_qkv.parameters(), *between.to_tokens.parameters())
+    optimiser, rival = sgd([*student.parameters(), *projectors]), sgd(between.critic.parameters())
     caught: dict[str, Tensor] = {}
-    qkv = teacher.stages[-1][-1].attention.qkv
-    qkv.register_forward_hook(lambda module, given, shown: caught.update(qkv=shown))
-    teacher.stages[-1].register_forward_hook(lambda module, given, shown: caught.update(tokens=shown))
-
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def alike(v: Tensor) -> Tensor:
-        return v @ v.mT / math.sqrt(v.shape[-1])
+    last = teacher.stages[-1]
+    last.register_forward_hook(lambda module, given, shown: caught.update(tokens=shown))
+    last[-1].attention.qkv.register_forward_hook(lambda module, given, shown: caught.update(qkv=shown))
 
     def step(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         s = look(student, x, ("stage3",))
         with torch.no_grad():
             teacher(x)
-        theirs, there = split(caught["qkv"]), caught["tokens"]
-        shown = F.adaptive_avg_pool2d(s["stage3"], grid)
-        mine = split(to_qkv(shown).flatten(2).mT)
-        mixed = torch.where(torch.rand_like(mine) < 0.5, theirs, mine)
-        tokens = F.dropout(shown, 0.1).flatten(2).mT
-        here = torch.empty(len(x), grid * grid, width)
-        for number, linear in enumerate(to_tokens):
-            where = (group.flatten() == number).nonzero()[:, 0]
-            here = here.index_copy(1, where, linear(tokens[:, where]))
+        there, shown = caught["tokens"], s["stage3"]
+        crossing, kept = between.draw(shown)
+        here = between.to_tokens((shown * kept / (1 - between.dropout)).flatten(2).mT)
 
-        told = F.softplus(-critic(there.mean(1))).mean() + F.softplus(critic(here.detach().mean(1))).mean()
+        told = F.softplus(-between.judge(there)).mean() + F.softplus(between.judge(here.detach())).mean()
         rival.zero_grad()
         told.backward()
         rival.step()
 
-        seen = (F.scaled_dot_product_attention(*x) for x in (mixed, theirs))
-        loss = F.cross_entropy(s["logits"], y) + F.mse_loss(*seen)
-        loss = loss + F.mse_loss(alike(mine[2]), alike(theirs[2])) + F.mse_loss(here, there)
-        loss = loss + 0.1 * F.softplus(-critic(here.mean(1))).mean()
+        loss = F.cross_entropy(s["logits"], y) + between.attend(shown, caught["qkv"], crossing)
+        loss = loss + F.mse_loss(here, there) + 0.1 * F.softplus(-between.judge(here)).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        return loss.detach()
+        return (told + loss).detach()
 
     return step
 
 
-def hierarchy(student: Net, teacher: Net) -> Step:
+class Across(nn.Module):
+    """CAKD's projectors and its discriminator, where the student's last map has as many places as the teacher
+    has patches."""
+
+    share, dropout = 0.5, 0.1
+    dealt: tuple[Tensor, Tensor] | None = None
+    """Draws to take once, instead of drawing: which elements are crossed, and which of the map are kept."""
+
+    def __init__(self, student: Net, teacher: Net) -> None:
+        super().__init__()
+        channels, width = widths(student)["stage3"], teacher.head.in_features
+        self.heads = teacher.stages[-1][-1].attention.heads
+        self.to_qkv = nn.Conv2d(channels, 3 * width, 3, padding=1)
+        self.to_tokens = Neighbourhoods(channels, width, teacher.grid[0])
+        self.critic = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width // 2, width // 4),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width // 4, 1),
+        )
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.dealt is not None:
+            dealt, self.dealt = self.dealt, None
+            return dealt
+        tokens, width = x[0, 0].numel(), self.to_qkv.out_channels // 3
+        crossing = torch.rand(3, len(x), self.heads, tokens, width // self.heads, dtype=x.dtype)
+        return crossing < self.share, torch.rand_like(x) >= self.dropout
+
+    def attend(self, x: Tensor, qkv: Tensor, crossing: Tensor) -> Tensor:
+        mine, theirs = self.split(self.to_qkv(x).flatten(2).mT), self.split(qkv)
+        mixed = torch.where(crossing, theirs, mine)
+        seen = (F.scaled_dot_product_attention(*each) for each in (mixed, theirs))
+        alike = (v @ v.mT / math.sqrt(v.shape[-1]) for v in (mine[2], theirs[2]))
+        return F.mse_loss(*seen) + F.mse_loss(*alike)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def judge(self, tokens: Tensor) -> Tensor:
+        return self.critic(tokens.mean(1))
+
+
+class Neighbourhoods(nn.Module):
+    """A linear map for each square of 4x4 places."""
+
+    def __init__(self, inputs: int, outputs: int, grid: int) -> None:
+        super().__init__()
+        side, count = torch.arange(grid) // 4, math.ceil(grid / 4)
+        square = (side[:, None] * count + side).flatten()
+        self.places = [(square == n).nonzero()[:, 0] for n in range(count**2)]
+        self.back = torch.cat(self.places).argsort()
+        self.weight = nn.Parameter(torch.randn(count**2, inputs, outputs) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(count**2, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(self.places, self.weight, self.bias, strict=True)
+        return torch.cat([x[:, places] @ weight + bias for places, weight, bias in parts], 1)[:, self.back]
+
+
+def hierarchy(student: Net, teacher: Net, ours: "Branches", theirs: "Branches") -> Step:
     """HSSAKD (Yang et al. 2021): four turns of every image, and at each stage a branch for class and turn."""
-    ours, theirs = Branches(student).train(), Branches(teacher).eval()
     student.train()
+    ours.train()
     teacher.eval()
+    theirs.eval()
     optimiser = sgd([*student.parameters(), *ours.parameters()])
     stages = ("stage1", "stage2", "stage3")
 

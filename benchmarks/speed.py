@@ -3,14 +3,18 @@
 - A step of a method through Engine, scheme and Distiller against the same step written by hand (by_hand.py):
   CPU time, interleaved in one process at one thread, and the most that is allocated. Before, both take a step
   from the same weights, and must come to the same loss and the same weights.
-- The loss of every method that is found, forward and backward on fixed features of the same networks.
+- The loss of every method that is found, forward and backward on fixed features of the same networks: `cakd`
+  has a vision transformer teach, `dmae` stands between two autoencoders.
+- The whole step of methods with modules, views or turns of their own (`WHOLE`), against the plain step of the
+  same networks. There is no bound: they cost what they cost.
 - What was promised (`BOUNDS`): steps under a live teacher, under a stored one and under one that stops early,
   losses against the naive ways to compute them, a store that is read shuffled. Each with pass or FAIL.
 - What the framework adds to a step of networks so small that nothing else counts, what `import limbeck` adds
   to `import torch`, and how long `limbeck --help` takes.
 
-`--only compiled` measures steps under `torch.compile` instead, which take minutes to compile; the rate of
-augmentation stands in benchmarks/augment.py.
+`--only NAMES` measures some of it: `--only cakd,hssakd`, `--only "whole steps"`. `--only compiled` measures
+steps under `torch.compile` instead, which take minutes to compile; the rate of augmentation stands in
+benchmarks/augment.py.
 
 Fails when a step is for sure 5 % slower than by hand (the lower end of a 90 % interval of the median ratio is
 above 1.05), takes 5 % more memory, or when a figure is beyond its bound. `--keep NAME` writes
@@ -29,8 +33,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +46,31 @@ from torch import Tensor, nn
 from benchmarks import by_hand, memory
 from limbeck import registry
 from limbeck.core.batch import Batch, Lesson
+from limbeck.core.cast import Cast
 from limbeck.core.distiller import Distiller
-from limbeck.core.keyed import forked, generator
+from limbeck.core.keyed import forked, generator, keyed
 from limbeck.core.method import Method
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Term
 from limbeck.core.taps import Seen, Tapped
+from limbeck.core.task import labelled_cross_entropy
 from limbeck.core.teachers import Frozen, Peer
 from limbeck.data.loader import Data, Loader
 from limbeck.data.store import Store
 from limbeck.data.store_write import write
 from limbeck.data.stored import Stored
 from limbeck.engine import Engine, Pace, Record
+from limbeck.knowledge.feature.cakd import CAKD
 from limbeck.knowledge.feature.crd import CRD
+from limbeck.knowledge.feature.dpk import FEWEST_ROWS
 from limbeck.knowledge.relation import rkd
 from limbeck.knowledge.response.kd import KD
+from limbeck.models.joint import Joint, joint
+from limbeck.schemes.hssakd import HSSAKD
 from limbeck.schemes.offline import Offline
 from limbeck.schemes.online import Online
+from limbeck.tasks.reconstruct import Reconstruct
+from limbeck.views.mask import mask
 
 # The methods that have a loop by hand, and the weights of the field.
 WEIGHTS = {
@@ -77,7 +90,7 @@ RESULTS = Path(__file__).parent / "results" / "speed"
 
 @dataclass(frozen=True)
 class Scene:
-    """What is timed: the networks, and the batch that they are shown."""
+    """What is timed: the networks, and the batch that they are shown. blocks: of a transformer."""
 
     teacher: str = "resnet32x4"
     student: str = "resnet8x4"
@@ -86,11 +99,39 @@ class Scene:
     classes: int = 100
     samples: int = 50_000
     negatives: int = 16_384
+    blocks: int = 12
     dtype: torch.dtype = torch.float32
 
     def net(self, name: str, seed: int = 0) -> nn.Module:
         with forked(seed, name):
             return registry.find("model", name)(classes=self.classes).to(self.dtype)
+
+    def pair(self, method: str) -> tuple[nn.Module, nn.Module]:
+        """Student and teacher for a method: the two ResNets, unless it is made for transformers."""
+        if method == "dmae":
+            return self.autoencoder(width=192, heads=3), self.autoencoder(width=384, heads=6)
+        student = self.net(self.student)
+        return student, self.transformer() if method == "cakd" else self.net(self.teacher)
+
+    def transformer(self) -> nn.Module:
+        with forked("a transformer"):
+            vit = registry.find("model", "vit_tiny")
+            return vit(classes=self.classes, size=self.size, depth=self.blocks).to(self.dtype)
+
+    def autoencoder(self, width: int, heads: int) -> nn.Module:
+        """With a light decoder: that of a teacher is never run."""
+        with forked("an autoencoder", width):
+            mae = registry.find("model", "mae")(
+                classes=self.classes,
+                size=self.size,
+                width=width,
+                depth=self.blocks,
+                heads=heads,
+                decoder_width=128,
+                decoder_depth=2,
+                decoder_heads=4,
+            )
+            return mae.to(self.dtype)
 
     def batch(self) -> Batch:
         draw = generator("a batch to time")
@@ -102,12 +143,16 @@ class Scene:
 
     def method(self, name: str) -> Method:
         name, _, stage = name.partition(" at ")
-        knobs = {"negatives": self.negatives} if name == "crd" else {"tap": stage} if stage else {}
+        knobs: dict[str, Any] = {"tap": stage} if stage else {}
+        if name == "crd":
+            knobs = {"negatives": self.negatives}
+        elif name == "dpk" and self.rows < FEWEST_ROWS:
+            knobs = {"ratio": 0.5}
         return registry.find("method", name)(**knobs)
 
 
 FULL = Scene()
-QUICK = Scene("resnet14", "resnet8", rows=16, size=16, classes=10, samples=500, negatives=200)
+QUICK = Scene("resnet14", "resnet8", rows=16, size=16, classes=10, samples=500, negatives=200, blocks=3)
 
 
 # --- a step, ours and by hand ---
@@ -152,6 +197,11 @@ def states(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [value for module in modules for value in module.state_dict().values()]
 
 
+def begin_alike(theirs: Sequence[nn.Module], ours: Sequence[nn.Module]) -> None:
+    for a, b in zip(states(theirs), states(ours), strict=True):
+        a.copy_(b)
+
+
 def under_teacher(name: str, scene: Scene, compiled: bool = False) -> Duel:
     """A method between a student and a trained teacher; `compiled` is ours alone."""
     batch, student, teacher = scene.batch(), scene.net(scene.student), scene.net(scene.teacher)
@@ -160,8 +210,7 @@ def under_teacher(name: str, scene: Scene, compiled: bool = False) -> Duel:
     distiller = Distiller(student, teacher, Term(method, weight=WEIGHTS[name]), example=batch)
 
     criterion = _criterion(name, student, teacher, scene, batch).to(scene.dtype)
-    for theirs, ours in zip(states([criterion]), states([method]), strict=True):
-        theirs.copy_(ours)
+    begin_alike([criterion], [method])
     if isinstance(method, CRD) and isinstance(criterion, by_hand.CRD):
         # Both take the first step with our negatives. Those that are timed are each with its own.
         assert batch.index is not None
@@ -203,6 +252,82 @@ def two_peers(scene: Scene) -> Duel:
     step = by_hand.mutual(*theirs)
     ours = _steps(Online(lessons, peers), batch)
     return Duel(ours, _bound(step, batch), (list(nets.values()), theirs))
+
+
+def from_a_transformer(scene: Scene) -> Duel:
+    """CAKD: its rival has a turn and an optimiser of its own."""
+    batch, (student, teacher) = scene.batch(), scene.pair("cakd")
+    other, method = copy.deepcopy(student), CAKD()
+    distiller = Distiller(student, teacher, method, example=batch)
+
+    between = by_hand.Across(student, teacher).to(scene.dtype)
+    ours = method.to_qkv, method.to_tokens, method.critic
+    theirs = between.to_qkv, between.to_tokens, between.critic
+    begin_alike(theirs, ours)
+    # Both take the first step with our draws. Those that are timed are each with its own.
+    between.dealt = _draws(method, batch)
+
+    # By hand looks through hooks, which would be called when our teacher is asked.
+    step = by_hand.across(other, copy.deepcopy(teacher), between)
+    learners = (student, *ours), (other, *theirs)
+    return Duel(_steps(Offline(distiller), batch), _bound(step, batch), learners)
+
+
+def _draws(method: CAKD, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which elements CAKD crosses (3 b heads n d), and what it keeps of the student's map (b c h w)."""
+    assert batch.index is not None
+    (h, w), channels = method.grid, method.to_qkv.in_channels
+    elements = method.to_qkv.out_channels * h * w
+    crossing = keyed(batch.lesson, batch.index, "cakd crossing", elements)
+    crossing = crossing.view(batch.rows, 3, method.layout.heads, h * w, -1).transpose(0, 1)
+    dropout = keyed(batch.lesson, batch.index, "cakd dropout", channels * h * w)
+    return crossing < method.cross_prob, dropout.view(-1, channels, h, w) >= method.dropout
+
+
+def in_four_turns(scene: Scene) -> Duel:
+    """HSSAKD under a network that has learned with its branches."""
+    scene = quartered(scene)
+    batch, (student, teacher) = scene.batch(), scene.pair("kd")
+    other, taught = copy.deepcopy(student), with_branches(teacher)
+    scheme = turned(student, taught, batch)
+
+    ours, theirs = (by_hand.Branches(net).to(scene.dtype) for net in (student, teacher))
+    lessons = scheme.learners["student"].lessons
+    mine = _parts(lesson.student for stage, lesson in lessons.items() if stage)
+    begin_alike([ours], mine)
+    begin_alike([theirs], _parts(taught.branches.values()))
+    step = by_hand.hierarchy(other, teacher, ours, theirs)
+    return Duel(_steps(scheme, batch), _bound(step, batch), ((student, *mine), (other, ours)))
+
+
+def quartered(scene: Scene) -> Scene:
+    """So few images that in four turns they are as many rows as the others' are."""
+    return replace(scene, rows=max(scene.rows // 4, 2))
+
+
+def with_branches(teacher: nn.Module) -> Joint:
+    with forked("branches"):
+        return joint(teacher)
+
+
+def turned(student: nn.Module, teacher: nn.Module, batch: Batch, branches: bool = True) -> HSSAKD:
+    term = Term(KD(temperature=3.0), teachers=(Frozen(teacher),))
+    cast = Cast({"student": student}, batch, [term], task=labelled_cross_entropy)
+    return HSSAKD.staged(cast, branches=branches)
+
+
+def _parts(branches: Iterable[Any]) -> list[nn.Module]:
+    """The tails of them all, then their heads."""
+    branches = list(branches)
+    return [*(branch.tail for branch in branches), *(branch.head for branch in branches)]
+
+
+DUELS: dict[str, Callable[[Scene], Duel]] = {
+    **{name: partial(under_teacher, name) for name in WEIGHTS},
+    "two peers": two_peers,
+    "cakd": from_a_transformer,
+    "hssakd": in_four_turns,
+}
 
 
 def _steps(scheme: Scheme, batch: Batch, compiled: bool = False) -> Callable[[], Record | None]:
@@ -307,7 +432,6 @@ class Loss:
 def loss_costs(scene: Scene, rounds: int, only: Sequence[str] = ()) -> dict[str, Loss | str]:
     """By method, and `kd through LENS` for every lens; or only of some names, and KD. A sentence is why a
     method refuses this pair."""
-    batch, student, teacher = scene.batch(), scene.net(scene.student), scene.net(scene.teacher)
     costs: dict[str, Loss | str] = {}
     methods = registry.names("method")
     arms: dict[str, tuple[Method, Any]] = {name: (scene.method(name), None) for name in methods}
@@ -318,7 +442,7 @@ def loss_costs(scene: Scene, rounds: int, only: Sequence[str] = ()) -> dict[str,
         if only and name not in (*only, "kd"):
             continue
         try:
-            call = _loss(method, lens, student, teacher, batch)
+            call = _loss(method, lens, *scene.pair(name), _shown(name, scene))
         except Refused as error:
             costs[name] = str(error)
             continue
@@ -332,7 +456,8 @@ def loss_costs(scene: Scene, rounds: int, only: Sequence[str] = ()) -> dict[str,
 def _loss(
     method: Method, lens: Any, student: nn.Module, teacher: nn.Module, batch: Batch
 ) -> Callable[[], object]:
-    """Forward and backward of a method's loss on what the pair shows, down to that and to its own modules."""
+    """Forward and backward of a method's loss on what the pair shows, down to that and to its own modules;
+    of its rivals' losses too."""
     tapped, frozen = Tapped(student.train(), called="student"), Frozen(teacher)
     tapped.look(method.looks())
     frozen.look(method.teacher_looks())
@@ -346,13 +471,73 @@ def _loss(
     with forked(0, "build"):
         method.build(*look()[:2], batch)
         method.to(s.out.dtype)
-    leaves = [*shown, *(p for p in method.parameters() if p.requires_grad)]
+    rivals = {name: list(module.parameters()) for name, module in method.rivals().items()}
+    theirs = {id(p) for parameters in rivals.values() for p in parameters}
+    leaves = [*shown, *(p for p in method.parameters() if p.requires_grad and id(p) not in theirs)]
 
     def call() -> object:
         s, t, factor = look()
+        for name, parameters in rivals.items():
+            torch.autograd.grad(method.rival_loss(name, s.detach(), t.detach(), batch), parameters)
         return torch.autograd.grad(factor * method.loss(s, t, batch), leaves, allow_unused=True)
 
     return call
+
+
+def _shown(method: str, scene: Scene) -> Batch:
+    """The batch, for autoencoders with most of its patches hidden."""
+    batch = scene.batch()
+    return mask(batch) if method == "dmae" else batch
+
+
+# --- whole steps ---
+
+WHOLE = ("dpk", "rtk", "afd", "cakd", "dmae", "hssakd", "hssakd, no branches")
+"""Methods with modules, views or turns of their own. Without branches HSSAKD is KD on four turns."""
+
+
+@dataclass
+class Whole:
+    """Milliseconds of CPU time (medians over rounds) and megabytes at the peak, of a method's step and of the
+    plain one; and the median of their ratio."""
+
+    ms: float
+    plain_ms: float
+    ratio: float
+    mb: float
+    plain_mb: float
+
+
+def whole_cost(name: str, scene: Scene, rounds: int) -> Whole:
+    """A step of ours beside the plain step of the same networks on the same images: under KD, or for
+    autoencoders without a teacher."""
+    arms = beside(name, scene)
+    mine, plain = race(arms, rounds)
+    mb, plain_mb = (memory.peak(again(arm, 2)) / 1e6 for arm in arms)
+    median = statistics.median
+    return Whole(1e3 * median(mine), 1e3 * median(plain), _ratio(mine, plain), mb, plain_mb)
+
+
+def beside(name: str, scene: Scene) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The step of one of `WHOLE`, and the plain one."""
+    if name.startswith("hssakd"):
+        scene = quartered(scene)
+        batch, (student, teacher), branches = scene.batch(), scene.pair("kd"), name == "hssakd"
+        wide = turned(student, with_branches(teacher) if branches else teacher, batch, branches)
+        return _steps(wide, batch), _steps(Offline(_lesson("kd", scene, KD())), batch)
+    plain = None if name == "dmae" else KD()
+    own, other = (Offline(_lesson(name, scene, method)) for method in (scene.method(name), plain))
+    return _steps(own, scene.batch()), _steps(other, scene.batch())
+
+
+def _lesson(networks: str, scene: Scene, method: Method | None) -> Distiller:
+    """A method, or none, between the networks of `Scene.pair`."""
+    batch, (student, teacher) = scene.batch(), scene.pair(networks)
+    terms = [] if method is None else [method]
+    if networks != "dmae":
+        return Distiller(student, teacher, terms, example=batch)
+    shown = Frozen(teacher, view=mask)
+    return Distiller(student, shown, terms, example=batch, task=Reconstruct(), view=mask)
 
 
 # --- what was promised ---
@@ -548,6 +733,7 @@ class Figures:
     setting: dict[str, Any]
     steps: dict[str, Step] = field(default_factory=dict)
     losses: dict[str, Loss | str] = field(default_factory=dict)
+    whole: dict[str, Whole] = field(default_factory=dict)
     promised: dict[str, float] = field(default_factory=dict)
     house: dict[str, float] = field(default_factory=dict)
 
@@ -600,26 +786,20 @@ def setting(scene: Scene, rounds: int) -> dict[str, Any]:
 
 
 def measure(scene: Scene, rounds: int, only: Sequence[str] = ()) -> Figures:
-    """Everything that is not compiled, printed as it comes; or only the steps, losses and `GROUPS` of some
-    names."""
+    """Everything that is not compiled, printed as it comes; or only the steps, losses and whole steps of some
+    names, all `whole steps`, or some of `GROUPS`."""
     figures = Figures(setting(scene, rounds))
     print(", ".join(f"{k} {v}" for k, v in figures.setting.items() if k != "scene"))
     print(f"{scene.teacher} → {scene.student}, {scene.rows} x 3 x {scene.size} x {scene.size}\n")
     print(f"{'a step':24s}   ours ms   by hand   ratio            90 %   ours MB   by hand")
-    duels: dict[str, Callable[[], Duel]] = {
-        **{name: lambda name=name: under_teacher(name, scene) for name in WEIGHTS},  # type: ignore[misc]
-        "two peers": lambda: two_peers(scene),
-    }
+    duels = DUELS
     if "compiled" in only:
         names = [name for name in only if name in WEIGHTS] or EVERYDAY
-        duels = {
-            f"{name}, compiled": lambda name=name: under_teacher(name, scene, compiled=True)  # type: ignore[misc]
-            for name in names
-        }
+        duels = {f"{name}, compiled": partial(under_teacher, name, compiled=True) for name in names}
         only = ["compiled", *duels]
     for name, make in duels.items():
         if not only or name in only:
-            figures.steps[name] = step = step_cost(make(), rounds)
+            figures.steps[name] = step = step_cost(make(scene), rounds)
             print(
                 f"{name:24s} {step.ours_ms:9.1f} {step.by_hand_ms:9.1f} {step.ratio:7.3f} "
                 f"{step.low:7.3f} {step.high:7.3f} {step.ours_mb:9.1f} {step.by_hand_mb:9.1f}",
@@ -636,6 +816,15 @@ def measure(scene: Scene, rounds: int, only: Sequence[str] = ()) -> Figures:
             else f"{loss.ms:9.2f} {loss.ms / kd.ms:9.1f} {loss.mb:9.3f} {loss.mb / kd.mb:9.1f}"
         )
         print(f"{name:24s} {said}")
+    print(f"\n{'a whole step':24s}   ours ms     plain   ratio   ours MB     plain")
+    for name in WHOLE:
+        if not only or name in only or "whole steps" in only:
+            figures.whole[name] = whole = whole_cost(name, scene, rounds)
+            print(
+                f"{name:24s} {whole.ms:9.1f} {whole.plain_ms:9.1f} {whole.ratio:7.2f} "
+                f"{whole.mb:9.1f} {whole.plain_mb:9.1f}",
+                flush=True,
+            )
     for group in GROUPS:
         if not only or group in only:
             figures.promised |= promised(group, scene, rounds)

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from limbeck.board import Board
+    from limbeck.data.store_write import Progress
     from limbeck.run import Moment, Run
 
 app = typer.Typer(
@@ -285,7 +286,7 @@ def store_write(
 ) -> None:
     """Ask a teacher about every sample of every epoch of a stage; goes on where it was stopped."""
     from limbeck.data.store_write import plan, write
-    from limbeck.doctor import duration, size
+    from limbeck.doctor import size
 
     loader, who = _lesson(source, teacher, stage, _device(device))
     count = loader.epochs if epochs is None else epochs
@@ -293,13 +294,34 @@ def store_write(
     header = plan(who, loader, kind=kind, top=top, taps=how, device=device)
     each = f"{header.record.itemsize} bytes a sample and epoch"
     _print(f"It will take {size(count * header.shard_bytes)} on disk, {each}.")
-    with _progress() as bar:
-        line = bar.add_task("", total=1.0)
-        for now in write(folder, who, loader, range(count), kind=kind, top=top, taps=how, device=device):
-            left = duration(now.seconds_left) if now.rate else "unknown time"
-            said = f"epoch {now.epoch + 1}/{count}, {now.rate:,.0f} samples/s, {left} left"
-            bar.update(line, completed=now.done / now.rows, description=said)
+    _watch_store(write(folder, who, loader, range(count), kind=kind, top=top, taps=how, device=device))
     _print(f'Stored: {folder}; in a recipe: {teacher} = {{ stored = "{folder}" }}')
+
+
+@store.command("import")
+def store_import(
+    answers: Annotated[
+        Path,
+        typer.Argument(help="TinyViT's folder of logits_top…_epoch…, or a served model's JSON lines."),
+    ],
+    source: Annotated[
+        Path, typer.Argument(help="The recipe (.toml), or run, whose samples were asked about.")
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="The store's folder.")],
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="TinyViT's key of each sample, a line each (default: they are its numbers)."),
+    ] = None,
+    teacher: Who = "teacher",
+    stage: Which = -1,
+) -> None:
+    """Bring answers that others stored into a store; goes on where it was stopped."""
+    from limbeck.data.store_import import bring
+
+    lab, which = _samples(source, stage, "cpu")
+    told = None if keys is None else _text(keys).splitlines()
+    _watch_store(bring(answers, folder, lab.loader(which), told))
+    _print(f'Stored: {folder}; in a recipe: {teacher} = {{ stored = "{folder}", epochs = "cycle" }}')
 
 
 @store.command("verify")
@@ -333,6 +355,20 @@ def store_info(folder: Annotated[Path, typer.Argument(help="The store's folder."
 
 def _lesson(source: Path, name: str, stage: int, device: str) -> tuple[Any, Any]:
     """The loader of a stage, and a teacher that is done learning, of a recipe or a finished run."""
+    from limbeck.core.refused import Refused
+
+    lab, which = _samples(source, stage, device)
+    learns = {name for one in lab.recipe.stages for name in one.learners}
+    if not source.is_dir() and learns & {name, *lab.recipe.within(name)}:
+        raise Refused(
+            f"'{name}' learns in {source}, so it has nothing to say yet; run the recipe, and give the folder "
+            "of the finished run."
+        )
+    return lab.loader(which), lab.teacher(name)
+
+
+def _samples(source: Path, stage: int, device: str) -> tuple[Any, Any]:
+    """The lab of a recipe or a finished run, and one of its stages."""
     from limbeck import build
     from limbeck import recipe as recipes
     from limbeck.core.refused import Refused
@@ -345,13 +381,16 @@ def _lesson(source: Path, name: str, stage: int, device: str) -> tuple[Any, Any]
     count = len(lab.recipe.stages)
     if not -count <= stage < count:
         raise Refused(f"Stage {stage} was asked for, and the recipe has {count} (0 to {count - 1}).")
-    learns = {name for one in lab.recipe.stages for name in one.learners}
-    if not source.is_dir() and learns & {name, *lab.recipe.within(name)}:
-        raise Refused(
-            f"'{name}' learns in {source}, so it has nothing to say yet; run the recipe, and give the folder "
-            "of the finished run."
-        )
-    return lab.loader(lab.recipe.stages[stage]), lab.teacher(name)
+    return lab, lab.recipe.stages[stage]
+
+
+def _text(path: Path) -> str:
+    from limbeck.core.refused import Refused
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} cannot be read: {error}.") from None
 
 
 # --- showing progress ---
@@ -392,6 +431,23 @@ def _watch_board(table: "Board") -> None:
     page = report.write(table.folder, result)
     _print(report.table(result))
     _print(f"Report: {page}")
+
+
+def _watch_store(steps: Iterator["Progress"]) -> None:
+    """Rate and time left as it goes; where no bar can be seen, a line for each epoch."""
+    from limbeck.doctor import duration
+
+    epoch, said = None, ""
+    with _progress() as bar:
+        line = bar.add_task("", total=1.0)
+        for now in steps:
+            if epoch not in (None, now.epoch) and not bar.console.is_terminal:
+                _print(said)
+            left = f"{duration(now.seconds_left)} left" if now.rate else "time left unknown"
+            left = left if now.done < now.rows else "done"
+            epoch, said = now.epoch, f"epoch {now.epoch}, {now.rate:,.0f} samples/s, {left}"
+            bar.update(line, completed=now.done / now.rows, description=said)
+    _print(said)
 
 
 def _tell_stores(work: "Run | Board") -> None:

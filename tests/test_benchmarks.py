@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +13,21 @@ from torch import nn
 from benchmarks import by_hand, memory, scaling, speed
 from limbeck import registry
 from limbeck.core.refused import Refused
+from limbeck.knowledge.feature.cakd import CAKD
 from limbeck.knowledge.feature.fitnet import FitNet
 
 TINY = replace(speed.QUICK, rows=6, size=8, classes=5, samples=40, negatives=15, dtype=torch.float64)
+TINY_FLOAT = replace(TINY, dtype=torch.float32)
 
 
 def duel(name: str) -> speed.Duel:
-    return speed.two_peers(TINY) if name == "two peers" else speed.under_teacher(name, TINY)
+    return speed.DUELS[name](TINY)
 
 
 # --- both sides do the same ---
 
 
-@pytest.mark.parametrize("name", [*speed.WEIGHTS, "two peers"])
+@pytest.mark.parametrize("name", speed.DUELS)
 def test_a_step_of_ours_is_the_step_by_hand(name: str) -> None:
     """The loss, and all that learns or remembers: weights, BatchNorm statistics, banks."""
     both = duel(name)
@@ -46,6 +49,42 @@ def test_a_step_that_differs_is_noticed() -> None:
                 student.bn1.running_mean += 1e-3
         with pytest.raises(AssertionError, match="the loss is" if spoil == "loss" else "not close"):
             both.agree()
+
+
+@pytest.mark.parametrize("name", ["cakd", "hssakd"])
+def test_a_loop_of_its_own_is_compared_to_its_last_module(name: str) -> None:
+    """The rival of CAKD, which learns by itself, and the head of HSSAKD's last branch."""
+    both = duel(name)
+    with torch.no_grad():
+        list(both.learners[1][-1].parameters())[-1][0] += 1e-3
+    with pytest.raises(AssertionError, match="the loss is"):
+        both.agree()
+
+
+def test_draws_of_cakd_are_shared_for_one_step_only() -> None:
+    student, teacher = TINY.pair("cakd")
+    between = by_hand.Across(student, teacher)
+    x = torch.zeros(64, between.to_qkv.in_channels, 2, 2)
+    between.dealt = dealt = torch.ones(1), torch.zeros(1)
+    assert between.draw(x) is dealt
+    crossing, kept = between.draw(x)
+    assert crossing.shape == (3, 64, 3, 4, 64) and kept.shape == x.shape
+    assert crossing.float().mean() == pytest.approx(0.5, abs=0.01)
+    assert kept.float().mean() == pytest.approx(0.9, abs=0.01)
+
+
+def test_neighbourhoods_by_hand_are_those_of_the_grid() -> None:
+    """Place (row, column) of a 6x6 grid is of the neighbourhood (row // 4, column // 4), of four."""
+    maps = by_hand.Neighbourhoods(inputs=2, outputs=3, grid=6)
+    nn.init.normal_(maps.bias)
+    x = torch.randn(5, 36, 2)
+    found = maps(x)
+    for row in range(6):
+        for column in range(6):
+            n = 2 * (row // 4) + column // 4
+            place = 6 * row + column
+            expected = x[:, place] @ maps.weight[n] + maps.bias[n]
+            torch.testing.assert_close(found[:, place], expected)
 
 
 def test_negatives_are_shared_for_one_step_only() -> None:
@@ -172,10 +211,10 @@ def test_only_a_whole_run_has_a_verdict(monkeypatch: pytest.MonkeyPatch, words: 
 
 
 def test_losses_of_every_method_and_lens() -> None:
-    costs = speed.loss_costs(replace(TINY, dtype=torch.float32), rounds=1)
+    costs = speed.loss_costs(TINY_FLOAT, rounds=1)
     assert costs.keys() == {*registry.names("method"), *(f"kd through {n}" for n in registry.names("lens"))}
     measured = {name: cost for name, cost in costs.items() if isinstance(cost, speed.Loss)}
-    assert measured.keys() >= speed.WEIGHTS.keys() & costs.keys()
+    assert measured.keys() >= set(registry.names("method")), "each has a pair that it fits"
     assert all(cost.ms > 0 and cost.mb > 0 for cost in measured.values())
     # Student logits softened, teacher's softened, and so on: a handful of (rows, classes).
     logits = TINY.rows * TINY.classes * 4 / 1e6
@@ -188,19 +227,58 @@ def test_a_method_that_refuses_the_pair_says_so(monkeypatch: pytest.MonkeyPatch)
         raise Refused("Not these.")
 
     monkeypatch.setattr(FitNet, "build", build)
-    costs = speed.loss_costs(replace(TINY, dtype=torch.float32), rounds=1, only=["fitnet"])
+    costs = speed.loss_costs(TINY_FLOAT, rounds=1, only=["fitnet"])
     assert costs.keys() == {"fitnet", "kd"} and costs["fitnet"] == "Not these."
+
+
+def test_the_loss_of_a_rival_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    rival_loss = CAKD.rival_loss
+
+    def tell(self: CAKD, name: str, *seen: Any) -> torch.Tensor:
+        told.append(name)
+        return rival_loss(self, name, *seen)
+
+    monkeypatch.setattr(CAKD, "rival_loss", tell)
+    assert isinstance(speed.loss_costs(TINY_FLOAT, rounds=1, only=["cakd"])["cakd"], speed.Loss)
+    assert told and set(told) == {"critic"}
+
+
+LOSSES = {name: ({"task", name}, {"task", "kd"}) for name in ("dpk", "rtk", "afd")} | {
+    "cakd": ({"task", "cakd", "cakd.critic"}, {"task", "kd"}),
+    "dmae": ({"task", "dmae"}, {"task"}),
+    "hssakd": ({"task", "kd", "stage1.kd", "stage2.kd", "stage3.kd"}, {"task", "kd"}),
+    "hssakd, no branches": ({"task", "kd"}, {"task", "kd"}),
+}
+
+
+@pytest.mark.parametrize("name", speed.WHOLE)
+def test_a_whole_step_stands_beside_the_plain_one(name: str) -> None:
+    first = [step() for step in speed.beside(name, TINY_FLOAT)]
+    assert tuple(record.losses.keys() for record in first if record is not None) == LOSSES[name]
+
+
+def test_a_whole_step_in_turns_is_of_four_times_the_rows() -> None:
+    """The branches come on top. Memory is the same each time, and most of it is a row's."""
+    plain, turned = (
+        speed.whole_cost(name, replace(speed.QUICK, teacher="resnet8", rows=32), rounds=1)
+        for name in ("hssakd, no branches", "hssakd")
+    )
+    assert 3 < plain.mb / plain.plain_mb < 4.5
+    assert turned.mb > 1.1 * plain.mb and turned.plain_mb == pytest.approx(plain.plain_mb, rel=0.1)
+    assert turned.ratio > 0 and turned.ms > 0 and turned.plain_ms > 0
 
 
 def test_the_whole_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speed, "QUICK", replace(TINY, dtype=torch.float32))
+    monkeypatch.setattr(speed, "QUICK", TINY_FLOAT)
     monkeypatch.setattr(speed, "RESULTS", tmp_path)
-    assert speed.main(["--quick", "--rounds", "1", "--only", "at,two peers", "--keep", "here"]) == 0
+    assert speed.main(["--quick", "--rounds", "1", "--only", "at,two peers,dpk", "--keep", "here"]) == 0
     kept = json.loads((tmp_path / "here.json").read_text())
     assert kept["steps"].keys() == {"at", "two peers"}
-    assert kept["losses"].keys() == {"at", "kd"}
+    assert kept["losses"].keys() == {"at", "dpk", "kd"}
+    assert kept["whole"].keys() == {"dpk"} and kept["whole"]["dpk"]["ratio"] > 0
     assert kept["setting"]["threads"] == 1 and kept["setting"]["rounds"] == 1
     assert len(kept["setting"]["commit"].removesuffix("-dirty")) == 40
     out = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`limbeck store` and stored teachers in recipes: what was asked once teaches as if it were asked again."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from limbeck import cli, recipe
+from limbeck import build, cli, recipe
 from limbeck.board import Board
 from limbeck.core.batch import Batch
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
 from limbeck.core.teachers import Frozen
-from limbeck.run import Run
+from limbeck.data.store import Store
+from limbeck.run import Run, Stopped, resume
 
 MODELS: dict[str, Any] = {
     "teacher": {"name": "cnn", "widths": [6, 8]},
@@ -31,8 +33,15 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
     return out if not ended.value.code else err
 
 
-def trained(models: dict[str, Any], stages: list[dict[str, Any]], folder: Path, seed: int = 0) -> Run:
-    run = Run(recipe.parse({"data": "digits", "models": models, "stages": stages}), folder, seed=seed)
+def trained(
+    models: dict[str, Any],
+    stages: list[dict[str, Any]],
+    folder: Path,
+    seed: int = 0,
+    stores: Path | None = None,
+) -> Run:
+    plan = recipe.parse({"data": "digits", "models": models, "stages": stages})
+    run = Run(plan, folder, seed=seed, stores=stores)
     for _ in run.moments():
         pass
     return run
@@ -170,3 +179,145 @@ def test_a_method_that_needs_the_live_teacher_is_refused_by_name(tmp_path: Path)
     with pytest.raises(Refused, match="'ofd' needs teacher_model"):
         trained(AUTO, [TAUGHT, needs], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every question to a live teacher."""
+    rows: list[int] = []
+    ask = Frozen.__call__
+
+    def counted(self: Frozen, batch: Batch) -> Seen:
+        rows.append(batch.rows)
+        return ask(self, batch)
+
+    monkeypatch.setattr(Frozen, "__call__", counted)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"accumulate": 3},
+        {"labels": 400, "rows": "labelled"},
+        {"per_class": 16, "labels": 400},
+        {"augment": ["mixup"], "task_weight": 0},
+        {"epochs": 6, "patience": 1, "optim": {"student": {"lr": 1e-9}}},
+    ],
+    ids=lambda how: " ".join(how),
+)
+def test_whoever_comes_second_reads_and_learns_the_same(
+    tmp_path: Path, asked: list[int], how: dict[str, Any]
+) -> None:
+    weights = {"weights": str(tmp_path / "teacher" / "teacher.safetensors")}
+    trained(MODELS, [TAUGHT], tmp_path / "teacher")
+    models, stores = {**AUTO, "teacher": {**AUTO["teacher"], **weights}}, tmp_path / "stores"
+    stage = {**LEARNS, **how}
+    first = trained(models, [stage], tmp_path / "first", stores=stores)
+    paid = sum(asked)
+    assert paid > 0
+    second = trained(models, [stage], tmp_path / "second", stores=stores)
+    assert sum(asked) == paid and len(list(stores.iterdir())) == 1
+    a, b = (load_file(run.folder / "student.safetensors") for run in (first, second))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_stages_that_ask_the_same_pay_once(tmp_path: Path, asked: list[int]) -> None:
+    models = {**AUTO, "other": {"name": "cnn", "widths": [3, 3]}}
+    later = {**LEARNS, "learner": "other", "epochs": 3, "terms": [{"method": "dkd"}]}
+    run = trained(models, [TAUGHT, LEARNS, later], tmp_path / "run")
+    rows = len(run.lab.splits.train) // 128 * 128
+    assert sum(asked) == 3 * rows  # the third epoch is new
+    (store,) = (tmp_path / "run" / "stores").iterdir()
+    assert Store(store).epochs() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("steps", [4, 9, 14])
+def test_stopped_anywhere_it_ends_as_if_it_had_not(tmp_path: Path, steps: int) -> None:
+    """In the middle of the first epoch, at its end, in the second: nine batches each."""
+    trained(AUTO, [TAUGHT, LEARNS], tmp_path / "whole")
+    plan = recipe.parse({"data": "digits", "models": AUTO, "stages": [TAUGHT, LEARNS]})
+    run = Run(plan, tmp_path / "cut")
+    with pytest.raises(Stopped):
+        for moment in run.moments():
+            steps -= moment.stage
+            if steps == 0:
+                run.stop()
+    del run
+    for _ in resume(tmp_path / "cut").moments():
+        pass
+    a, b = (load_file(tmp_path / name / "student.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_board_that_is_run_again_finds_its_stores(tmp_path: Path, asked: list[int]) -> None:
+    plan = recipe.parse({"data": "digits", "models": AUTO, "stages": [TAUGHT, LEARNS]})
+    for arm in ("kd", "dkd"):
+        for _ in Board(plan, {arm: {"terms": [{"method": arm}]}}, [0], tmp_path / "board").moments():
+            asked += [-1] if arm == "dkd" else []
+    place = asked.index(-1)
+    assert sum(asked[:place]) > 0 and max(asked[place:]) < 0
+
+
+def test_an_arm_that_diverges_leaves_its_epoch_to_the_next(tmp_path: Path) -> None:
+    plan = recipe.parse({"data": "digits", "models": AUTO, "stages": [TAUGHT, LEARNS]})
+    wild = {"terms": [{"method": "kd", "weight": 1e30}]}
+    table = Board(plan, {"wild": wild, "kd": {}}, [0], tmp_path / "board")
+    for _ in table.moments():
+        pass
+    assert [arm["name"] for arm in table.result()["diverged"]] == ["wild"]
+    (store,) = (tmp_path / "board" / "stores" / "0").iterdir()
+    assert Store(store).epochs() == [0, 1] and not list(store.glob("*part*"))
+
+
+def test_a_rehearsal_writes_nothing_whoever_asks(tmp_path: Path) -> None:
+    models = {**AUTO, "second": AUTO["teacher"], "both": {"ensemble": ["teacher", "second"]}}
+    stage = {**LEARNS, "terms": [{"method": "kd", "teacher": "both"}]}
+    plan = recipe.parse({"data": "digits", "models": models, "stages": [stage]})
+    Run(plan, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# --- import ---
+
+
+def tiny_vit(root: Path, rows: int, epochs: int = 2) -> Path:
+    """Each of `rows` samples' answers to ten classes, as TinyViT saves them."""
+    for epoch in range(epochs):
+        folder = root / f"logits_top2_epoch{epoch}"
+        folder.mkdir(parents=True)
+        (folder / "rank0-keys.txt").write_text("".join(f"{row}\n" for row in range(rows)))
+        packed = [struct.pack("<i2h2e", 0, row % 10, (row + 1) % 10, 0.75, 0.125) for row in range(rows)]
+        (folder / "rank0-values.bin").write_bytes(b"".join(packed))
+    return root
+
+
+def test_tinyvits_files_teach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, store = tmp_path / "plan.toml", tmp_path / "store"
+    plan.write_text(
+        f'data = "digits"\n[models]\nstudent = {{ name = "cnn", widths = [4, 4] }}\n'
+        f'teacher = {{ stored = "{store}", epochs = "cycle" }}\n'
+        '[[stages]]\nlearner = "student"\nepochs = 3\nbatch = 128\nterms = ["kd"]\n'
+    )
+    rows = len(build.splits(recipe.read(plan).data).train)
+    theirs = tiny_vit(tmp_path / "theirs", rows)
+    out = said(monkeypatch, capsys, "store", "import", theirs, plan, "--out", store)
+    assert "epoch 0, " in out and "epoch 1, " in out and "samples/s, done" in out
+    assert f'in a recipe: teacher = {{ stored = "{store}", epochs = "cycle" }}' in out
+    assert "test.accuracy" in said(monkeypatch, capsys, "run", plan, "--out", tmp_path / "run")
+
+    keys = tmp_path / "keys.txt"
+    keys.write_text("0\n")
+    words = ("store", "import", theirs, plan, "--out", tmp_path / "two")
+    err = said(monkeypatch, capsys, *words, "--keys", keys)
+    assert f"There are 1 keys, 1 of them different, and {rows:,} samples" in err
+    assert "keys.none cannot be read" in said(monkeypatch, capsys, *words, "--keys", tmp_path / "keys.none")
+    assert "is not there; give TinyViT's folder" in said(
+        monkeypatch, capsys, "store", "import", tmp_path / "none", plan, "--out", tmp_path / "two"
+    )
+    assert not (tmp_path / "two").exists()
+    plan.write_text(plan.read_text().replace(', epochs = "cycle"', ""))
+    err = said(monkeypatch, capsys, "run", plan, "--out", tmp_path / "exact")
+    assert "is the store of another run: its views" in err

@@ -30,7 +30,8 @@ from limbeck.data.loader import Data, Splits, Unread
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not those that start another program
 DEEP = ("I", "F")  # Pillow's modes of more than 8 bits; it would cut their values off, not scale them
 TRIES = 10  # at a part that lies within its image
-WIDEST = 4 / 3  # a part, width to height; the narrowest is the inverse
+WIDEST = 4 / 3  # width to height; the narrowest is the inverse
+CPU = torch.device("cpu")
 
 Files = Mapping[str, list[Path]]
 """The images of each class, sorted; classes sorted too."""
@@ -50,7 +51,7 @@ def load(
     test: the share of each class that is for testing, 0 … 1, when `root` has no folder for that. valid: the
     share of the others that choices are made on, likewise. decode: `always` decodes an image whenever it is
     shown, so that memory does not grow with their number; both show the same bit for bit. crop: what lessons
-    show of an image that is decoded for them, as `part` draws it: the least and the largest share of its
+    show of an image that is decoded for them, as `box` draws it: the least and the largest share of its
     area, 0 … 1. normalise: [mean, std] of pixel values in 0 … 1, a number for each channel, in place of the
     training part's own, for which each image has to be decoded once before the first step. Raises `Refused`,
     naming the file or folder.
@@ -60,25 +61,11 @@ def load(
             f"The images of {root} were asked for with size {size}, valid {valid} and test {test}, expected "
             "a size of 1 or more and shares between 0 and 1; try 32, 0.1 and 0.2."
         )
-    if crop is not None and (len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1):
-        raise Refused(
-            f"`crop` is {list(crop)}, expected the least and the largest share of an image's area, between 0 "
-            "and 1; try [0.2, 1.0]."
-        )
-    if crop is not None and decode == "once":
-        raise Refused(
-            "`crop` shows another part of an image each time it is decoded, and decode = 'once' does that "
-            "once; set decode = 'always', or leave `crop` out."
-        )
-    if normalise is not None and not ([*map(len, normalise)] == [3, 3] and min(normalise[1]) > 0):
-        raise Refused(
-            f"`normalise` is {[*map(list, normalise)]}, expected [mean, std], each of three channels and std "
-            "above 0; leave it out to have both counted."
-        )
-    above = Path(root).expanduser()
+    _refuse_shown(decode, crop, normalise)
     try:
+        above = Path(root).expanduser()
         train, held = _parts(above)
-        files = {"train": _told(train, above), **{part: _told(its, above) for part, its in held.items()}}
+        told = _told([train, *held.values()], above)
     except OSError as error:
         raise Refused(f"{error.filename} cannot be read: {error.strerror}.") from None
     names = tuple(train)
@@ -87,23 +74,42 @@ def load(
     if "validation" not in held:
         train, held["validation"] = _drawn(train, valid, "validation")
 
-    def data(part: str, chosen: Files) -> Data:
-        images = Images([path for paths in chosen.values() for path in paths], size)
-        y = torch.tensor([label for label, paths in enumerate(chosen.values()) for _ in paths])
-        x = images if decode == "always" else images[:]
-        return Data(x, y, names, 1 / 255, files=files.get(part, files["train"]))
+    def data(files: Files) -> Data:
+        images = Images([path for paths in files.values() for path in paths], size)
+        y = torch.tensor([label for label, paths in enumerate(files.values()) for _ in paths])
+        return Data(images if decode == "always" else images[:], y, names, 1 / 255, files=told)
 
-    learned = data("train", train)
+    learned = data(train)
     if normalise is None:
         learned = learned.standardised()
     else:
         learned = replace(learned, mean=tuple(normalise[0]), std=tuple(normalise[1]))
-    valid_, test_ = (
-        replace(data(part, held[part]), mean=learned.mean, std=learned.std) for part in ("validation", "test")
+    chosen, last = (
+        replace(data(held[part]), mean=learned.mean, std=learned.std) for part in ("validation", "test")
     )
     if crop is not None:
         learned = replace(learned, x=replace(learned.x, crop=(crop[0], crop[1])))
-    return Splits(learned, valid_, test_)
+    return Splits(learned, chosen, last)
+
+
+def _refuse_shown(
+    decode: str, crop: Sequence[float] | None, normalise: Sequence[Sequence[float]] | None
+) -> None:
+    if crop is not None and (len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1):
+        raise Refused(
+            f"`crop` is {list(crop)}, expected the least and the largest share of an image's area, between 0 "
+            "and 1; try [0.2, 1.0]."
+        )
+    if crop is not None and decode == "once":
+        raise Refused(
+            "`crop` shows another part of an image each time that it is decoded, and decode = 'once' does so "
+            "once; set decode = 'always', or leave `crop` out."
+        )
+    if normalise is not None and not ([*map(len, normalise)] == [3, 3] and min(normalise[1]) > 0):
+        raise Refused(
+            f"`normalise` is {[*map(list, normalise)]}, expected [mean, std], each of three channels and std "
+            "above 0; leave it out to have both counted."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,22 +119,20 @@ class Images(Unread):
     paths: Sequence[Path]
     size: int
     crop: tuple[float, float] | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     dtype: torch.dtype = torch.uint8
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return torch.Size((len(self.paths), 3, self.size, self.size))
 
-    def readers(
-        self, index: Int[Tensor, " b"], lesson: Lesson | None
-    ) -> Iterable[Callable[[], np.ndarray]]:
+    def readers(self, index: Int[Tensor, " b"], lesson: Lesson | None) -> Iterable[Callable[[], np.ndarray]]:
         paths = [self.paths[row] for row in index.tolist()]
         if self.crop is None or lesson is None:
             return [partial(_image, path, self.size) for path in paths]
         draws = keyed(lesson, index, "part of an image", 4 * TRIES).unflatten(1, (TRIES, 4)).tolist()
         return [
-            partial(_image, path, self.size, partial(part, share=self.crop, draws=its))
+            partial(_image, path, self.size, partial(box, share=self.crop, draws=its))
             for path, its in zip(paths, draws, strict=True)
         ]
 
@@ -138,11 +142,12 @@ class Images(Unread):
     def on(self, device: torch.device) -> "Images":
         return replace(self, device=device)
 
-    def __add__(self, other: "Images") -> "Images":
+    def __add__(self, other: Unread) -> "Images":
+        assert isinstance(other, Images), "parts of one data set are held alike"
         return replace(self, paths=[*self.paths, *other.paths])
 
 
-def part(
+def box(
     width: int, height: int, share: tuple[float, float], draws: Sequence[Sequence[float]]
 ) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a part of an image: a share of its area between two, and 3/4 to 4/3 as
@@ -224,12 +229,11 @@ def _drawn(files: Files, share: float, part: str) -> tuple[Files, Files]:
     return rest, drawn
 
 
-def _told(files: Files, root: Path) -> str:
+def _told(parts: Iterable[Files], root: Path) -> str:
     """sha256 of the names and sizes of files; it stays as it is when `root` is copied."""
     found = sha256()
-    for paths in files.values():
-        for path in paths:
-            found.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+    for path in (path for files in parts for paths in files.values() for path in paths):
+        found.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
     return found.hexdigest()
 
 
@@ -249,6 +253,10 @@ def _image(
                 square = ImageOps.fit(whole, (size, size), Image.Resampling.BILINEAR)
             else:
                 square = whole.crop(cut(*whole.size)).resize((size, size), Image.Resampling.BILINEAR)
+    except FileNotFoundError:
+        raise Refused(
+            f"{path} is gone since its folder was read; put it back, or start without it."
+        ) from None
     except Exception as error:  # decoders of damaged files raise what they like
         raise Refused(
             f"{path} cannot be read as an image ({str(error) or type(error).__name__}), expected "

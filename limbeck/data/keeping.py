@@ -150,7 +150,7 @@ class Keeping(Teacher):
         assert batch.index is not None
         beside_others = self.loader.rows(batch.index.roll(1), batch.lesson, self.loader.augment)
         one, other = (part if view is None else view(part) for part in (batch, beside_others))
-        return not torch.equal(one.x.roll(1, 0), other.x)
+        return not same(witness(one.map(lambda v: v.roll(1, 0))), witness(other))
 
     def _of(self, epoch: int) -> "_Shard | None":
         """The shard of an epoch; None where nothing is to be written."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import tee
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,29 +203,31 @@ class Unread(ABC):
     `Data` and `Loader` ask of it what they ask of a tensor of samples. `x[5]` and `x[3:7]` are read at once;
     `x[rows]`, by a tensor of numbers or a mask, is fewer samples, still unread.
 
-    shape: (n c h w). device: where a batch goes once it is read.
+    device: where a batch goes once it is read.
     """
 
-    shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
+    @property
     @abstractmethod
-    def readers(
-        self, index: Int[Tensor, " b"], lesson: Lesson | None
-    ) -> Iterable[Callable[[], np.ndarray]]:
+    def shape(self) -> torch.Size:
+        """(n c h w)."""
+
+    @abstractmethod
+    def readers(self, index: Int[Tensor, " b"], lesson: Lesson | None) -> Iterable[Callable[[], np.ndarray]]:
         """What reads these samples, each (c h w) as a lesson shows it, or as it is. Threads call them."""
 
     @abstractmethod
-    def chosen(self, index: Int[Tensor, " b"]) -> Self:
+    def chosen(self, index: Int[Tensor, " b"]) -> "Unread":
         """These samples alone, numbered anew."""
 
     @abstractmethod
-    def on(self, device: torch.device) -> Self:
+    def on(self, device: torch.device) -> "Unread":
         """The same samples; a batch of them goes to another device."""
 
     @abstractmethod
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: "Unread") -> "Unread":
         """These samples and the others."""
 
     def __len__(self) -> int:
@@ -336,9 +338,7 @@ class Loader:
         lesson = self.lesson(0, 0)
         return self._batches(((index, lesson) for index in torch.arange(len(self.data)).split(batch)), None)
 
-    def rows(
-        self, index: Int[Tensor, " b"], lesson: Lesson, augment: Sequence[View] | None = None
-    ) -> Batch:
+    def rows(self, index: Int[Tensor, " b"], lesson: Lesson, augment: Sequence[View] | None = None) -> Batch:
         """A batch of these rows as a lesson shows them, through the views `augment`; None: as they are."""
         return next(self._batches([(index, lesson)], augment))
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.batch import Batch
+from limbeck.core.batch import Batch, View
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
 from limbeck.core.teachers import Frozen
@@ -34,15 +35,19 @@ class Net(nn.Module):
         return self.head(self.body(x))
 
 
-def loader(seed: int = 1, rows: int = 25, epochs: int = 2) -> Loader:
+def loader(
+    seed: int = 1, rows: int = 25, augment: tuple[View, ...] = (), per_class: int | None = None
+) -> Loader:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 6, generator=draw)
-    y = torch.arange(rows) % 4
-    return Loader(Data(x, y, ("a", "b", "c", "d")), 8, seed=seed, epochs=epochs)
+    data = Data(x, torch.arange(rows) % 4, ("a", "b", "c", "d"))
+    return Loader(data, 8, seed=seed, epochs=2, augment=augment, per_class=per_class)
 
 
-def made(place: Path | None, seed: int = 1, taps: tuple[str, ...] = ()) -> tuple[Keeping, Net, Loader]:
-    net, lesson = Net().eval(), loader(seed)
+def made(
+    place: Path | None, seed: int = 1, taps: tuple[str, ...] = (), lesson: Loader | None = None
+) -> tuple[Keeping, Net, Loader]:
+    net, lesson = Net().eval(), lesson or loader(seed)
     teacher = Keeping(Frozen(net), lesson, place)
     teacher.look(taps)
     teacher.check(lesson.at(0))
@@ -178,3 +183,120 @@ def test_a_batch_is_a_batch(tmp_path: Path) -> None:
     teacher, _, lesson = made(tmp_path)
     batch: Batch = lesson.at(0)
     assert torch.equal(teacher(batch.replace(y=None)).out, teacher(batch).out)
+
+
+# --- whose answers, of what ---
+
+
+def test_a_row_that_comes_twice_has_one_answer_for_all(tmp_path: Path) -> None:
+    """In another batch the same row may be answered with other last bits; here with quite other ones."""
+    lesson = loader(per_class=4)
+    twice = torch.cat([b.index for b in lesson.epoch(0)]).bincount()  # type: ignore[misc]
+    assert twice.max() > 1
+
+    class Moody(Frozen):
+        def __call__(self, batch: Batch) -> Seen:
+            seen = super().__call__(batch)
+            return Seen(seen.out + batch.lesson.step)
+
+    first, second = (Keeping(Moody(Net().eval()), lesson, tmp_path) for _ in range(2))
+    for teacher in (first, second):
+        teacher.check(lesson.at(0))
+    told, read = answers(first, lesson), answers(second, lesson)
+    assert all(torch.equal(a.out, b.out) for a, b in zip(told, read, strict=True))
+
+
+def mixed(batch: Batch) -> Batch:
+    return batch.replace(x=batch.x + batch.x.view(-1, 2, 6).flip(1).view(-1, 6))
+
+
+def test_a_row_that_comes_twice_is_refused_where_others_are_mixed_in(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"`per_class` a sample may come twice .* leave its `store` out"):
+        made(tmp_path, lesson=loader(augment=(mixed,), per_class=4))
+    twice = loader(per_class=4)
+    seen = Keeping(Frozen(Net().eval(), view=mixed), twice, tmp_path)
+    with pytest.raises(Refused, match="`per_class` a sample may come twice"):
+        seen.check(twice.at(0))
+    made(tmp_path, lesson=loader(augment=(mixed,)))  # each row comes once
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_does_not_matter_what_the_lesson_computes_in(tmp_path: Path) -> None:
+    half, _, lesson = made(tmp_path / "half")
+    with torch.autocast("cpu", torch.bfloat16):
+        told = answers(half, lesson)
+    whole = answers(made(tmp_path / "whole")[0], lesson)
+    assert all(torch.equal(a.out, b.out) for a, b in zip(told, whole, strict=True))
+
+
+def test_who_was_not_checked_writes_nothing(tmp_path: Path) -> None:
+    """An ensemble's dry run asks its members as a lesson would."""
+    lesson = loader()
+    teacher = Keeping(Frozen(Net().eval()), lesson, tmp_path)
+    told = teacher(lesson.at(0)).out
+    assert not list(tmp_path.iterdir())
+    teacher.check(lesson.at(0))
+    assert torch.equal(teacher(lesson.at(0)).out, told)
+    assert [folder.name.partition("-")[0] for folder in tmp_path.iterdir()] == ["teacher"]
+
+
+def shifted(batch: Batch, by: tuple[float, ...]) -> Batch:
+    """A view that changes with the epoch, and not with the sample."""
+    return batch.replace(x=batch.x + by[batch.lesson.epoch])
+
+
+def test_views_that_differ_in_the_second_epoch_are_of_two_lessons(tmp_path: Path) -> None:
+    """As those of old draws do, which the first epoch does not tell."""
+    views = (partial(shifted, by=(0.0, by)) for by in (1.0, 2.0))
+    one, other = (made(tmp_path, lesson=loader(augment=(view,)))[0] for view in views)
+    assert one.folder != other.folder
+
+
+def test_views_that_differ_later_still_are_asked_about(tmp_path: Path) -> None:
+    lessons = [loader(augment=(partial(shifted, by=(0.0, 0.0, by)),)) for by in (1.0, 2.0)]
+    (first, _, _), (then, asked, _) = (made(tmp_path, lesson=lesson) for lesson in lessons)
+    for batch in lessons[0].epoch(2):
+        first(batch)
+    batch = lessons[1].at(2 * lessons[1].steps)
+    told = then(batch).out
+    assert then.folder == first.folder and asked.asked == 8
+    torch.testing.assert_close(told, Net().eval()(batch.x).detach(), atol=5e-3, rtol=0)
+
+
+def test_a_batch_without_numbers_is_refused(tmp_path: Path) -> None:
+    teacher, _, lesson = made(tmp_path)
+    with pytest.raises(Refused, match="kept by the samples' numbers, and the batch has no `index`"):
+        teacher(lesson.at(0).replace(index=None))
+
+
+def test_its_name_is_no_way_out_of_its_place(tmp_path: Path) -> None:
+    lesson = loader()
+    teacher = Keeping(Frozen(Net().eval()), lesson, tmp_path / "stores", "../a/b")
+    assert teacher.folder is not None and teacher.folder.parent == tmp_path / "stores"
+
+
+# --- epochs that are left and come back to ---
+
+
+def test_who_dies_after_the_last_batch_only_seals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "NOTED", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(keeping, "seal", lambda *arguments: 1 / 0)
+        first, _, lesson = made(tmp_path)
+        with pytest.raises(ZeroDivisionError):
+            answers(first, lesson)
+        del first
+    second, asked, _ = made(tmp_path)
+    for batch in lesson.epoch(0):
+        second(batch)
+    assert asked.asked == 0 and Store(second.folder or "").epochs() == [0]
+
+
+def test_an_epoch_that_was_left_is_another_s_to_end(tmp_path: Path) -> None:
+    first, _, lesson = made(tmp_path)
+    first(lesson.at(0))
+    first(lesson.at(lesson.steps))  # of the next epoch
+    second, asked, _ = made(tmp_path)
+    for batch in lesson.epoch(0):
+        second(batch)
+    assert asked.asked == 16 and Store(second.folder or "").epochs() == [0]

@@ -1,17 +1,24 @@
 """Which rows come when is a function of (seed, epoch); what cannot be learned from is refused at the door."""
 
-from collections.abc import Iterable
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from limbeck.core.batch import IGNORE, Batch, View
+from limbeck.core.batch import IGNORE, Batch, Lesson, View
 from limbeck.core.refused import Refused
-from limbeck.data.loader import Data, Loader, Streams
+from limbeck.data.loader import AHEAD, Data, Loader, Splits, Streams, Unread
 
 CLASSES = ("cat", "dog", "eel")
+CPU = torch.device("cpu")
 
 
 def data(rows: int = 23) -> Data:
@@ -261,6 +268,197 @@ def test_ranks_part_a_batch_between_groups() -> None:
 def test_groups_that_cannot_be_drawn_are_refused(batch: int, per_class: int, ranks: int, words: str) -> None:
     with pytest.raises(Refused, match=words):
         Loader(uneven(30, 12, 9, 0), batch, seed=0, per_class=per_class, ranks=ranks)
+
+
+# --- samples that are read when they are asked for ---
+
+
+@dataclass
+class Log:
+    """What was asked for, batch by batch; how many samples were read; how many of them are and were held."""
+
+    asked: list[list[int]] = field(default_factory=list)
+    read: int = 0
+    held: int = 0
+    most: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def taken(self) -> None:
+        with self.lock:
+            self.read, self.held = self.read + 1, self.held + 1
+            self.most = max(self.most, self.held)
+
+    def dropped(self) -> None:
+        with self.lock:
+            self.held -= 1
+
+
+@dataclass(eq=False)
+class Kept(Unread):
+    """A tensor on a disk that is slow by `delay` seconds a sample and has lost some. A lesson shows
+    `number + epoch`."""
+
+    x: Tensor
+    lost: frozenset[int] = frozenset()
+    delay: float = 0.0
+    device: torch.device = CPU
+    log: Log = field(default_factory=Log)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.x.dtype
+
+    def readers(self, index: Tensor, lesson: Lesson | None) -> list[Callable[[], np.ndarray]]:
+        self.log.asked.append(index.tolist())
+
+        def reader(row: int) -> Callable[[], np.ndarray]:
+            return lambda: self.sample(row, 0 if lesson is None else lesson.epoch)
+
+        return [reader(row) for row in index.tolist()]
+
+    def sample(self, row: int, epoch: int) -> np.ndarray:
+        time.sleep(self.delay)
+        if row in self.lost:
+            raise Refused(f"sample {row} is lost")
+        found = self.x[row].numpy() + np.asarray(epoch, self.x.numpy().dtype)
+        self.log.taken()
+        weakref.finalize(found, self.log.dropped)
+        return found
+
+    def chosen(self, index: Tensor) -> "Kept":
+        return replace(self, x=self.x[index])
+
+    def on(self, device: torch.device) -> "Kept":
+        return replace(self, device=device)
+
+    def __add__(self, other: Unread) -> "Kept":
+        assert isinstance(other, Kept)
+        return replace(self, x=torch.cat([self.x, other.x]))
+
+
+def unread(rows: int = 23, **how: object) -> tuple[Data, Log]:
+    there = data(rows)
+    return replace(there, x=(kept := Kept(there.x, **how))), kept.log  # type: ignore[arg-type]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("x", "y", "index"))
+
+
+@pytest.mark.parametrize("start", [0, 2, 4])
+def test_what_is_read_when_asked_for_is_what_memory_holds(start: int) -> None:
+    memory, disk = (Loader(part, 5, seed=3, epochs=2) for part in (data(), unread()[0]))
+    for a, b in zip(memory.epoch(0, start), disk.epoch(0, start), strict=True):
+        assert same(a, b) and replace(a.lesson, labels=None) == replace(b.lesson, labels=None)
+    assert all(same(a, b) for a, b in zip(memory.once(10), disk.once(10), strict=True))
+    assert same(memory.at(1), disk.at(1))
+
+
+def test_a_lesson_may_show_another_part_and_what_scores_shows_it_as_it_is() -> None:
+    disk = Loader(unread()[0], 5, seed=3, epochs=3)
+    learned = [disk.at(2 * disk.steps), *disk.epoch(2)]
+    learned.append(disk.rows(torch.tensor([7, 1]), disk.lesson(2, 8), disk.augment))
+    assert all(torch.equal(batch.x[:, 0, 0, 0], batch.index.float() + 2) for batch in learned)
+    scored = [*disk.once(10), disk.rows(torch.tensor([7, 1]), disk.lesson(2, 8))]
+    assert all(torch.equal(batch.x[:, 0, 0, 0], batch.index.float()) for batch in scored)
+
+
+def test_so_many_batches_are_asked_for_ahead_and_no_more() -> None:
+    part, log = unread(50)
+    for done, batch in enumerate(Loader(part, 5, seed=0).epoch(0), 1):
+        assert len(log.asked) == min(done + AHEAD, 10)
+        assert log.asked[done - 1] == batch.index.tolist()
+
+
+def test_the_next_batches_are_read_while_nobody_asks() -> None:
+    part, log = unread(50)
+    drawn = Loader(part, 5, seed=0).epoch(0)
+    next(drawn)
+    until = time.monotonic() + 20
+    while log.read < 5 * (1 + AHEAD) and time.monotonic() < until:
+        time.sleep(0.005)
+    assert log.read == 5 * (1 + AHEAD)
+
+
+@pytest.mark.parametrize("rows", [400, 1200])
+def test_samples_on_their_way_do_not_grow_with_their_number(rows: int) -> None:
+    part, log = unread(rows)
+    for _ in Loader(part, 100, seed=0).epoch(0):
+        pass
+    threads = min(32, (os.cpu_count() or 1) + 4)
+    assert log.read == rows and log.most <= threads < 100 and log.held == 0
+
+
+def test_a_reader_stops_when_nobody_wants_more() -> None:
+    part, log = unread(2000, delay=0.002)
+    before = threading.active_count()
+    drawn = Loader(part, 500, seed=0).epoch(0)
+    next(drawn)
+    assert threading.active_count() > before
+    del drawn
+    read = log.read
+    assert threading.active_count() == before and read < 500 * (1 + AHEAD)
+    time.sleep(0.02)
+    assert log.read == read
+
+
+def test_what_cannot_be_read_is_refused_when_its_batch_is_due() -> None:
+    order = Loader(data(50), 5, seed=0)._order(0, 0).tolist()
+    part, _ = unread(50, lost=frozenset({order[17], order[16], order[19]}))
+    before, drawn = threading.active_count(), Loader(part, 5, seed=0).epoch(0)
+    for _ in range(3):
+        next(drawn)
+    with pytest.raises(Refused, match=f"sample {order[16]} is lost"):  # the first of its batch, always
+        next(drawn)
+    assert threading.active_count() == before
+
+
+def test_a_number_and_a_slice_are_read_and_a_choice_is_not() -> None:
+    whole, (part, log) = data(30), unread(30)
+    rows, mask = torch.tensor([7, 2, 2]), torch.arange(30) % 7 == 3
+    for chosen in (rows, mask):
+        fewer = part.x[chosen]
+        assert isinstance(fewer, Unread) and len(fewer) == len(whole.x[chosen]) and not log.asked
+        assert torch.equal(fewer[:], whole.x[chosen])
+        log.asked.clear()
+    assert torch.equal(part.x[-1], whole.x[-1]) and torch.equal(part.x[4:9:2], whole.x[4:9:2])
+    assert log.asked == [[29], [4, 6, 8]]
+
+
+def test_parts_are_drawn_and_joined_without_reading() -> None:
+    whole, (part, log) = data(60), unread(60)
+    parts = [Splits(*one.split(0.2, "a"), one).with_validation(0.3, "b") for one in (whole, part)]
+    assert not log.asked and isinstance(parts[1].train.x, Unread)
+    for a, b in ((parts[0].train, parts[1].train), (parts[0].valid, parts[1].valid)):
+        assert torch.equal(a.x, b.x[:]) and torch.equal(a.y, b.y)
+    with pytest.raises(Refused, match="bring them alike"):
+        Splits(part, whole, whole).with_validation(0.3)
+
+
+def test_statistics_are_counted_piece_by_piece_and_exactly() -> None:
+    x = torch.randint(0, 256, (600, 3, 2, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    log = Log()
+    a, b = (Data(x, torch.zeros(600).long(), ("a",), 1 / 255) for _ in range(2))
+    a, b = a.standardised(), replace(b, x=Kept(x, log=log)).standardised()
+    pixels = (x.double() / 255).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.tensor(a.mean).double(), pixels.mean(1), atol=1e-6)
+    assert torch.allclose(torch.tensor(a.std).double(), pixels.std(1, correction=0), atol=1e-6)
+    assert (a.mean, a.std) == (b.mean, b.std)
+    assert flat(log.asked) == list(range(600)) and max(map(len, log.asked)) < 300
+
+
+def test_what_is_unread_goes_to_an_accelerator_batch_by_batch() -> None:
+    part, log = unread(20)
+    assert part.on(CPU) is part
+    there = part.on(torch.device("cuda"))
+    assert there.x.device.type == "cuda" and len(there) == 20 and not log.asked
+    far = replace(part, x=part.x.on(torch.device("meta")))
+    for batch in Loader(far, 5, seed=0).epoch(0):
+        assert {batch.x.device.type, batch.y.device.type, batch.index.device.type} == {"meta"}
 
 
 # --- a budget of labels ---
