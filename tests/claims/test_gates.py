@@ -1,7 +1,7 @@
 """Gates on real data: what the claims boards showed must hold again under seeds that no board used.
 
-They are the safe ones: a mechanism, or a gain far beyond the spread over seeds. Fashion-MNIST has to be there or
-to be had; each board is run with the arms that its gate compares.
+They are the safe ones: a mechanism, or a gain far beyond the spread over seeds. Fashion-MNIST has to be there
+or to be had; each board is run with the arms that its gate compares.
 """
 
 import statistics
