@@ -146,9 +146,9 @@ class Across(nn.Module):
     def attend(self, x: Tensor, qkv: Tensor, crossing: Tensor) -> Tensor:
         mine, theirs = self.split(self.to_qkv(x).flatten(2).mT), self.split(qkv)
         mixed = torch.where(crossing, theirs, mine)
-        seen = (F.scaled_dot_product_attention(*each) for each in (mixed, theirs))
-        alike = (v @ v.mT / math.sqrt(v.shape[-1]) for v in (mine[2], theirs[2]))
-        return F.mse_loss(*seen) + F.mse_loss(*alike)
+        here, there = (F.scaled_dot_product_attention(*each) for each in (mixed, theirs))
+        alike, told = (v @ v.mT / math.sqrt(v.shape[-1]) for v in (mine[2], theirs[2]))
+        return F.mse_loss(here, there) + F.mse_loss(alike, told)
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -190,11 +190,12 @@ def hierarchy(student: Net, teacher: Net, ours: "Branches", theirs: "Branches") 
     def step(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
         x = torch.stack([torch.rot90(x, k, (2, 3)) for k in range(4)], 1).flatten(0, 1)
         s = look(student, x, stages)
+        mine = ours(s)
         with torch.no_grad():
             t = look(teacher, x, stages)
             told = theirs(t)
         loss = F.cross_entropy(s["logits"][::4], y) + apart(s["logits"], t["logits"])
-        loss = loss + sum(apart(a, b) for a, b in zip(ours(s), told, strict=True))
+        loss = loss + sum(apart(a, b) for a, b in zip(mine, told, strict=True))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

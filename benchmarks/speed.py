@@ -65,7 +65,8 @@ from limbeck.knowledge.feature.crd import CRD
 from limbeck.knowledge.feature.dpk import FEWEST_ROWS
 from limbeck.knowledge.relation import rkd
 from limbeck.knowledge.response.kd import KD
-from limbeck.models.joint import Joint, joint
+from limbeck.models.joint import joint
+from limbeck.pieces.branch import Joint
 from limbeck.schemes.hssakd import HSSAKD
 from limbeck.schemes.offline import Offline
 from limbeck.schemes.online import Online

@@ -6,7 +6,7 @@ device → optimisers.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -91,9 +91,9 @@ class Lab:
                 spec = self.recipe.models.get(one)
                 if isinstance(spec, Net | Mean):
                     shown[one] = _shown(spec.view, example)
-        for teacher in asked.values():
-            if isinstance(teacher, Stored) and teacher.exact:
-                teacher.store.check(loader)
+        for teacher in _each(asked.values()):
+            if isinstance(teacher, Stored):
+                teacher.store.check(loader, views=teacher.exact)
         cast = Cast(
             learners,
             example,
@@ -358,7 +358,18 @@ def rehearse(
     few = Loader(trial.splits.test, 2, seed=trial.seed).at(0)
     for views in recipe.tests.values():
         _shown(views, few)
-    return {one.kept: one.bytes for one in trial.keeping}
+    takes: dict[str, int] = {}
+    for one in {one.folder: one for one in sorted(trial.keeping, key=lambda one: one.bytes)}.values():
+        takes[one.kept] = takes.get(one.kept, 0) + one.bytes
+    return takes
+
+
+def _each(teachers: Iterable[Teacher]) -> Iterator[Teacher]:
+    """Teachers, and those that an ensemble mixes."""
+    for teacher in teachers:
+        yield teacher
+        if isinstance(teacher, Ensemble):
+            yield from _each(teacher.teachers)
 
 
 def _network(name: str, spec: Net, data: Data, seed: int) -> nn.Module:

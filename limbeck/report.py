@@ -347,7 +347,8 @@ def _conditions(result: Mapping[str, Any]) -> dict[str, Any] | None:
     def told(scores: Sequence[float] | None, control: Sequence[float] | None, name: str) -> tuple[str, str]:
         if scores is None:
             return NONE, NONE
-        way = Metric("", "accuracy" if name == headline == "accuracy" else name, 1 if max(scores) > 10 else 3)
+        percent = name.rpartition(" ")[2] == "accuracy" or (headline == "accuracy" and ":" not in name)
+        way = Metric("", name, 1 if percent else 2 if max(scores) > 10 else 3)
         gaps = [] if control is None else [a - b for a, b in zip(scores, control, strict=True)]
         mean = way.spread(statistics.fmean(scores), _spread(scores))
         return mean, way.spread(statistics.fmean(gaps), _spread(gaps), signed=True) if gaps else NONE

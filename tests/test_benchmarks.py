@@ -220,6 +220,7 @@ def test_losses_of_every_method_and_lens() -> None:
     logits = TINY.rows * TINY.classes * 4 / 1e6
     assert logits < measured["kd"].mb < 30 * logits
     assert measured["reviewkd"].mb > 10 * measured["kd"].mb
+    assert speed._shown("dmae", TINY).x["hide"].shape == (TINY.rows, 3), "three patches of four"
 
 
 def test_a_method_that_refuses_the_pair_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +261,7 @@ def test_a_whole_step_stands_beside_the_plain_one(name: str) -> None:
 
 def test_a_whole_step_in_turns_is_of_four_times_the_rows() -> None:
     """The branches come on top. Memory is the same each time, and most of it is a row's."""
+    assert 4 * speed.quartered(speed.QUICK).rows == speed.QUICK.rows, "turned, they are as many"
     plain, turned = (
         speed.whole_cost(name, replace(speed.QUICK, teacher="resnet8", rows=32), rounds=1)
         for name in ("hssakd, no branches", "hssakd")
@@ -267,6 +269,21 @@ def test_a_whole_step_in_turns_is_of_four_times_the_rows() -> None:
     assert 3 < plain.mb / plain.plain_mb < 4.5
     assert turned.mb > 1.1 * plain.mb and turned.plain_mb == pytest.approx(plain.plain_mb, rel=0.1)
     assert turned.ratio > 0 and turned.ms > 0 and turned.plain_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [([], speed.WHOLE), (["whole steps"], speed.WHOLE), (["rtk", "at"], ("rtk",)), (["at"], ())],
+)
+def test_whole_steps_are_asked_for_by_name_or_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, only: list[str], names: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(speed, "DUELS", {})
+    monkeypatch.setattr(speed, "loss_costs", lambda scene, rounds, only: {"kd": speed.Loss(1.0, 1.0)})
+    monkeypatch.setattr(speed, "promised", lambda group, scene, rounds: {})
+    monkeypatch.setattr(speed, "house", lambda rounds: {})
+    monkeypatch.setattr(speed, "whole_cost", lambda name, scene, rounds: speed.Whole(2.0, 1.0, 2.0, 4.0, 1.0))
+    assert tuple(speed.measure(TINY_FLOAT, 1, only).whole) == names
 
 
 def test_the_whole_run(

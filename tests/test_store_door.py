@@ -278,6 +278,37 @@ def test_a_rehearsal_writes_nothing_whoever_asks(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_other_rows_are_refused_though_the_epochs_are_used_in_turn(
+    live: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    inside: bool,
+) -> None:
+    said(monkeypatch, capsys, "store", "write", live, "--out", tmp_path / "store", "--epochs", 1)
+    models = {**kept(tmp_path / "store", epochs="cycle"), "group": {"ensemble": ["teacher"]}}
+    term = {"method": "kd", "teacher": "group" if inside else "teacher"}
+    with pytest.raises(Refused, match="its samples is 1257, here is 128"):
+        trained(models, [{**LEARNS, "labels": 128, "rows": "labelled", "terms": [term]}], tmp_path / "run")
+
+
+def test_an_ensemble_s_members_are_each_asked_once(tmp_path: Path, asked: list[int]) -> None:
+    models = {**AUTO, "second": AUTO["teacher"], "both": {"ensemble": ["teacher", "second"]}}
+    stage = {**LEARNS, "terms": [{"method": "kd", "teacher": "both"}]}
+    for name in ("first", "second"):
+        trained(models, [stage], tmp_path / name, stores=tmp_path / "stores")
+    assert sum(asked) == 2 * 2 * (1257 // 128 * 128) and len(list((tmp_path / "stores").iterdir())) == 2
+
+
+def test_what_several_lessons_take_is_added_up(tmp_path: Path) -> None:
+    """That of two lessons in one store, once."""
+    stages = [TAUGHT, LEARNS, {**LEARNS, "batch": 64}, {**LEARNS, "epochs": 4}]
+    run = trained(AUTO, stages, tmp_path / "run")
+    written = sum(path.stat().st_size for path in (tmp_path / "run" / "stores").rglob("*.bin"))
+    assert run.takes == {"teacher's answers": written}
+
+
 # --- import ---
 
 
@@ -320,4 +351,4 @@ def test_tinyvits_files_teach(
     assert not (tmp_path / "two").exists()
     plan.write_text(plan.read_text().replace(', epochs = "cycle"', ""))
     err = said(monkeypatch, capsys, "run", plan, "--out", tmp_path / "exact")
-    assert "is the store of another run: its views" in err
+    assert "was imported, and nobody knows what its teacher was shown; let the teacher's `epochs`" in err

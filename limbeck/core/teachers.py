@@ -349,6 +349,9 @@ class Ensemble(Teacher):
     def through(self, x: Any) -> Seen:
         return self._mix([teacher.through(x) for teacher in self.teachers])
 
+    def check(self, batch: Batch) -> Seen:
+        return self._mix([teacher.check(batch) for teacher in self.teachers])
+
     def look(self, names: Iterable[str]) -> None:
         names = list(names)
         if names:

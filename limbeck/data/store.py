@@ -152,17 +152,26 @@ class Store:
         """Of the first batch of an epoch, as the loader showed it when the shard was written."""
         return _note(self.folder / f"{epoch:06d}.json")["witness"]
 
-    def check(self, loader: Loader, teacher: Teacher | None = None) -> None:
-        """Refuse a loader that shows something else than when this was written, or another teacher."""
+    def check(self, loader: Loader, teacher: Teacher | None = None, *, views: bool = True) -> None:
+        """Refuse a loader that shows something else than when this was written, or another teacher. Without
+        `views` only its samples have to be the same."""
         h = self.header
         first = drawn(loader, 0)
         pairs = [
             ("samples", h.samples, len(loader.data), h.samples == len(loader.data)),
             ("classes", h.classes, class_names(loader), h.classes == class_names(loader)),
             ("decoded data", h.data, w := data_witness(loader), same(h.data, w)),
-            ("seed", h.seed, loader.seed, h.seed == loader.seed),
-            ("views", h.views, w := witness(first), same(h.views, w)),
         ]
+        if views and not h.views["index"]:
+            raise Refused(
+                f"{self.folder} was imported, and nobody knows what its teacher was shown; let the teacher's "
+                "`epochs` be 'cycle'."
+            )
+        if views:
+            pairs += [
+                ("seed", h.seed, loader.seed, h.seed == loader.seed),
+                ("views", h.views, w := witness(first), same(h.views, w)),
+            ]
         if teacher is not None:
             pairs += [
                 ("teacher", h.teacher, f := fingerprint(teacher), h.teacher == f),

@@ -247,6 +247,16 @@ def test_an_epoch_that_was_cut_short_costs_that_epoch(tmp_path: Path) -> None:
     assert Store(ours).epochs() == [0, 1]
 
 
+def test_a_disk_that_this_would_fill_is_met_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        free = 100
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Full)
+    with pytest.raises(Refused, match="more than half"):
+        bring(two_epochs(tmp_path / "theirs"), tmp_path / "ours", lesson())
+    assert not (tmp_path / "ours").exists()
+
+
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
     theirs, ours = two_epochs(tmp_path / "theirs"), tmp_path / "ours"
     begun = bring(theirs, ours, lesson())
@@ -261,7 +271,7 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
 def test_such_a_store_is_for_no_exact_lesson(tmp_path: Path) -> None:
     """Nobody knows what was shown."""
     list(bring(two_epochs(tmp_path / "theirs"), tmp_path / "ours", lesson()))
-    with pytest.raises(Refused, match="is the store of another run: its views"):
+    with pytest.raises(Refused, match="was imported, and nobody knows what its teacher was shown"):
         Store(tmp_path / "ours").check(lesson())
 
 
