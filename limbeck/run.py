@@ -99,6 +99,12 @@ class Run:
         if self._started is None and not rehearsed:
             self.takes = build.rehearse(plan, self.seed, device, stores)
         self.lab = build.lab(plan, self.seed, device, stores)
+        files = self.lab.splits.train.files
+        if self._started is not None and self._started.get("data", files) != files:
+            raise Refused(
+                f"{folder} was begun with other files of data than there are now; put them back, or choose "
+                "another folder."
+            )
         for n, stage in enumerate(plan.stages):
             if not self.lab.tasks[n].headline and (stage.patience is not None or stage.keep == "best"):
                 raise Refused(
@@ -315,6 +321,7 @@ class Run:
             "fingerprint": self.fingerprint,
             "recipe": self.plan.model_dump(mode="json", by_alias=True),
             "files": _files(self.plan),
+            "data": self.lab.splits.train.files,
             "environment": environment(self.device),
         }
 

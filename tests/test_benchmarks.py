@@ -253,6 +253,12 @@ LOSSES = {name: ({"task", name}, {"task", "kd"}) for name in ("dpk", "rtk", "afd
 }
 
 
+@pytest.mark.parametrize("name", ["cakd", "hssakd"])
+def test_a_duel_is_of_the_whole_method(name: str) -> None:
+    record = duel(name).ours()
+    assert record is not None and record.losses.keys() == LOSSES[name][0]
+
+
 @pytest.mark.parametrize("name", speed.WHOLE)
 def test_a_whole_step_stands_beside_the_plain_one(name: str) -> None:
     first = [step() for step in speed.beside(name, TINY_FLOAT)]

@@ -48,14 +48,22 @@ def keyed(lesson: Lesson, index: Int[Tensor, " b"], purpose: str, k: int = 1) ->
     return hashed(index, lesson.seed, lesson.epoch, purpose, k)
 
 
+AT_ONCE = 1 << 16
+"""Numbers that are hashed together: their bits take twice what they do."""
+
+
 def _hashed(index: Tensor, seed: int, epoch: int, purpose: str, k: int) -> Tensor:
-    z = index.long()[:, None] * k + torch.arange(k, device=index.device)
-    # In place: where many numbers are drawn, new tensors would cost more than the hash.
-    z.mul_(_signed(_GOLDEN)).add_(_signed(number(seed, epoch, purpose, k)))
-    z.bitwise_xor_(_shift(z, 30)).mul_(_signed(_MIX1))
-    z.bitwise_xor_(_shift(z, 27)).mul_(_signed(_MIX2))
-    z.bitwise_xor_(_shift(z, 31))
-    return _shift(z, 40).float().mul_(2.0**-24)
+    drawn = torch.empty(len(index), k, dtype=torch.float32, device=index.device)
+    rows = max(AT_ONCE // max(k, 1), 1)
+    for some, there in zip(index.long().split(rows), drawn.split(rows), strict=True):
+        z = some[:, None] * k + torch.arange(k, device=index.device)
+        # In place: where many numbers are drawn, new tensors would cost more than the hash.
+        z.mul_(_signed(_GOLDEN)).add_(_signed(number(seed, epoch, purpose, k)))
+        z.bitwise_xor_(_shift(z, 30)).mul_(_signed(_MIX1))
+        z.bitwise_xor_(_shift(z, 27)).mul_(_signed(_MIX2))
+        z.bitwise_xor_(_shift(z, 31))
+        torch.mul(_shift(z, 40), 2.0**-24, out=there)
+    return drawn
 
 
 # A compiler cannot follow the text that `number` makes of the clock, and would trace anew every epoch.

@@ -616,3 +616,17 @@ def test_a_recipe_names_a_way_to_decode(tmp_path: Path) -> None:
 
 def test_a_recipe_finds_it() -> None:
     assert registry.find("data", "image-folder") is load
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
+    root = photos(tmp_path / "images")
+    run = Run(plan(root, decode="once", crop=None), tmp_path / "run", every=0)
+    next(run.moments())
+    lost = sorted(root.rglob("*.png"))[0]
+    shutil.copy(lost, lost.with_name("another.png"))
+    build._ours.cache_clear()  # as in a process of its own
+    with pytest.raises(Refused, match="was begun with other files of data than there are now"):
+        resume(run.folder)
+    lost.with_name("another.png").unlink()
+    build._ours.cache_clear()
+    assert list(resume(run.folder).moments())
