@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from limbeck import checkpoint, recipe, registry
+from limbeck import build, checkpoint, recipe, registry
 from limbeck.core.keyed import keyed
 from limbeck.core.refused import Refused
 from limbeck.data import image_folder
