@@ -1,8 +1,8 @@
 """Data from outside: any map-style Dataset, any iterable of (x, y), arrays. Here they become splits of ours.
 
 All of it is read once, in its own order, into memory, where uint8 stays uint8; a Dataset too large for that
-needs a streaming loader, which limbeck does not have yet. A random transform would be drawn this once and
-never again: leave it out, and let the recipe `augment`. Which rows come when is limbeck's own, fixed by
+needs a loader that reads while it trains, as `image-folder` has. A random transform would be drawn this once
+and never again: leave it out, and let the recipe `augment`. Which rows come when is limbeck's own, fixed by
 (seed, epoch), so what shuffles is refused.
 """
 

@@ -59,7 +59,7 @@ def test_hints_of_clustered_layers_beat_plain_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The branches of 'frozen' mistake how:UserWarning")  # a bag has no upper side
+@pytest.mark.filterwarnings("ignore:The branches of 'frozen' mistake how:UserWarning")  # a bag has no top
 def test_hssakd_beats_plain_training_and_learns_turns_without_a_label(tmp_path: Path) -> None:
     rows = arms("hssakd", tmp_path, ["hssakd, joint teacher"])
     assert mean(rows["hssakd, joint teacher"]) > mean(rows["control"])
