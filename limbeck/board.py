@@ -226,6 +226,8 @@ class Board:
             folders = [self.cell_folder(name, seed) for seed in self.seeds]
             results = [self._finished(folder) for folder in folders]
             scores = [r["scores"][metric] for r in results]
+            # The stage that arms change, where this one has it.
+            ends = [] if self._skips(plan) else [r["stages"][self.begin] for r in results]
             control = scores if name == CONTROL else control
             assert control is not None
             rows.append(
@@ -241,15 +243,13 @@ class Board:
                     "best": _at("best", results, metric),
                     "seconds": statistics.fmean(_sum("seconds", r, self.begin) for r in results),
                     "asking": statistics.fmean(_sum("asking", r, self.begin) for r in results),
-                    "how": results[0]["stages"][self.begin]["teachers"],
+                    "how": ends[0]["teachers"] if ends else [],
                     "parameters": results[0]["parameters"],
-                    "hints": [] if self._skips(plan) else [_noted("hints", r, self.begin) for r in results],
-                    "pictures": [] if self._skips(plan) else _noted("pictures", results[0], self.begin) or [],
+                    "hints": [end.get("hints") for end in ends],
+                    "pictures": ends[0].get("pictures", []) if ends else [],
                     "stages": self._stages(plan, results),
                     "curves": [
-                        _curve(folder, self.begin, result)
-                        for folder, result in zip(folders, results, strict=True)
-                        if not self._skips(plan)
+                        _curve(folder, self.begin, end) for folder, end in zip(folders, ends, strict=False)
                     ],
                 }
             )
@@ -536,20 +536,14 @@ def _arm(whole: recipe.Recipe, begin: int, name: str, changes: Mapping[str, Any]
     return arm
 
 
-def _noted(what: str, result: Mapping[str, Any], stage: int) -> Any:
-    """What a run notes of some stages only: `hints`, the teacher's taps that clustering chose, by term;
-    `pictures` of what was reconstructed. None where there is none."""
-    return result["stages"][stage].get(what)
-
-
 def _sum(of: str, result: Mapping[str, Any], begin: int) -> float:
     """Over the stage that arms change and what follows it."""
     return sum(final[of] for final in result["stages"][begin:])
 
 
-def _curve(folder: Path, stage: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _curve(folder: Path, stage: int, end: Mapping[str, Any]) -> list[dict[str, Any]]:
     noted = runs.records(folder, stage)
-    epochs = result["stages"][stage]["last"]["epoch"] + 1
+    epochs = end["last"]["epoch"] + 1
     if len(noted) != epochs:
         raise Refused(
             f"{folder / 'metrics.jsonl'} tells of {len(noted)} epochs, expected the {epochs} of the run; "

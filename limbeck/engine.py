@@ -50,8 +50,8 @@ class Pace:
 @dataclass
 class Record:
     """What an epoch gave: mean losses by name (each times its weight), what methods found worth watching in
-    its last batch, scores on the validation split, seconds of training and those
-    of them that went into asking the teachers."""
+    its last batch, scores on the validation split, seconds of training and those of them that went into
+    asking the teachers."""
 
     stage: int
     epoch: int

@@ -248,14 +248,14 @@ class Run:
         hints = {place: taps for place, taps in self.lab.hints.items() if place.startswith(f"{self.stage}.")}
         if hints:
             final["hints"] = hints
-        if isinstance(task := self.lab.tasks[self.stage], Reconstruct):
-            final["pictures"] = reconstructions(shipped, task, self.lab.splits.test)
         self.finals.append(final)
         self.best = None
         place = answers.place(self.folder, stage.learns)
         answers.write(place, heard[epoch], {**final, "seed": self.seed})
         file = self.folder / f"{stage.learns}.safetensors"
         checkpoint.save_weights(file, shipped.state_dict(), {**final, **self._about()})
+        if isinstance(task := self.lab.tasks[self.stage], Reconstruct):  # for a page, not beside the weights
+            final["pictures"] = reconstructions(shipped, task, self.lab.splits.test)
 
     def _all_scores(self, engine: Engine, kept: Task) -> dict[str, float]:
         """Of every part of the data but the one that was learned from, and of the test split under further

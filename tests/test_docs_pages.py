@@ -12,7 +12,7 @@ from limbeck import registry
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "docs/systems").glob("*.toml"))
-KEYS = {"name", "title", "venue", "paper", "recipe", "files", "departures", "lacks"}
+KEYS = {"name", "title", "venue", "paper", "fidelity", "recipe", "files", "measured", "departures", "lacks"}
 
 
 def load() -> ModuleType:
@@ -77,16 +77,32 @@ def test_without_systems_the_table_says_so(tmp_path: Path) -> None:
 
 def test_a_system_without_recipe_or_departures_reads_well(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text(
-        'name = "X"\ntitle = "A|B"\nvenue = "V 1"\npaper = "p"\nfiles = ["f", "g"]\n'
+        'name = "X"\ntitle = "A|B"\nvenue = "V 1"\npaper = "p"\nfidelity = "code"\nfiles = ["f", "g"]\n'
     )
-    *_, row = HOOK.systems(tmp_path).splitlines()
-    assert row == r"| **X**: A\|B (V 1) | p |  | `f`<br>`g` | none | nothing |"
+    row, _, heading, _, section = HOOK.systems(tmp_path).splitlines()[2:]
+    assert row == r"| **X**: A\|B (V 1) | p | code | nothing yet |"
+    assert (heading, section) == ("### X", "Recipe: none yet. Files: `f`, `g`.")
+
+
+def test_a_systems_departures_and_lacks_stand_in_its_section(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text(
+        'name = "X"\ntitle = "A"\nvenue = "V 1"\npaper = "p"\nfidelity = "paper"\nrecipe = "r"\n'
+        'files = ["f"]\nmeasured = "It holds."\ndepartures = ["One.", "Two."]\nlacks = ["Three."]\n'
+    )
+    text = HOOK.systems(tmp_path)
+    assert "| paper | It holds. |" in text and "Recipe: `r`. Files: `f`." in text
+    assert text.endswith("Departures:\n\n- One.\n- Two.\n\nNot here:\n\n- Three.")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_systems_file_names_what_there_is(file: Path) -> None:
     told = tomllib.loads(file.read_text(encoding="utf-8"))
-    assert told.keys() <= KEYS and KEYS - told.keys() <= {"recipe", "departures", "lacks"}
+    assert told.keys() <= KEYS and KEYS - told.keys() <= {"recipe", "measured", "departures", "lacks"}
+    assert ("recipe" in told) == ("measured" in told) == (ROOT / f"docs/claims/{file.stem}.md").exists()
+    own = {home.replace(".", "/") + ".py": name for name, home in registry.names("method").items()}
+    if told["files"][0] in own:
+        assert registry.find("method", own[told["files"][0]]).card.fidelity == told["fidelity"]
+    assert told["fidelity"] in ("paper", "code", "reconstruction")
     assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|10\.\d{4,9}/\S+", told["paper"])
     for path in [*told["files"], *([told["recipe"]] if "recipe" in told else [])]:
         assert (ROOT / path).is_file(), path

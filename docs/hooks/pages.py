@@ -153,18 +153,23 @@ def models() -> str:
 
 
 def systems(folder: Path) -> str:
-    """The table of published systems, from a toml file each."""
-    told = [tomllib.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.toml"))]
+    """Published systems, from a toml file each: a table of what came out, and a section on each below it."""
+    files = sorted(folder.glob("*.toml"))
+    told = {file.stem: tomllib.loads(file.read_text(encoding="utf-8")) for file in files}
     if not told:
         return "None is finished yet."
-    rows = [("system", "paper", "recipe", "files", "departures", "not here")]
-    for one in told:
+    rows, sections = [("system", "paper", "fidelity", "what we measured")], []
+    for stem, one in told.items():
         name = f"**{one['name']}**: {one['title']} ({one['venue']})"
-        files = "<br>".join(f"`{file}`" for file in one["files"])
-        recipe = f"`{one['recipe']}`" if "recipe" in one else ""
-        departures, lacks = ("<br>".join(one.get(key, ())) for key in ("departures", "lacks"))
-        rows.append((name, one["paper"], recipe, files, departures or "none", lacks or "nothing"))
-    return _table(rows)
+        page = f" [More](../claims/{stem}.md)" if (folder.parent / f"claims/{stem}.md").exists() else ""
+        rows.append((name, one["paper"], one["fidelity"], one.get("measured", "nothing yet") + page))
+        recipe = f"`{one['recipe']}`" if "recipe" in one else "none yet"
+        made_of = ", ".join(f"`{file}`" for file in one["files"])
+        sections += [f"### {one['name']}", f"Recipe: {recipe}. Files: {made_of}."]
+        for key, title in (("departures", "Departures"), ("lacks", "Not here")):
+            if key in one:
+                sections.append("\n".join([f"{title}:", "", *(f"- {sentence}" for sentence in one[key])]))
+    return "\n\n".join([_table(rows), *sections])
 
 
 # --- their parts ---

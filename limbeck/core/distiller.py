@@ -25,7 +25,7 @@ from limbeck.core.batch import Batch, Lesson, View
 from limbeck.core.keyed import forked
 from limbeck.core.method import Method
 from limbeck.core.refused import Refused
-from limbeck.core.scheme import Term, to_work
+from limbeck.core.scheme import Term, Turn, to_work
 from limbeck.core.taps import Seen, Tapped, unmoved
 from limbeck.core.task import Task, labelled_cross_entropy
 from limbeck.core.teachers import Frozen, Teacher
@@ -202,6 +202,12 @@ class Distiller(nn.Module):
             for name in method.rivals():
                 s, t, batch, _ = self._shown(use, sight)
                 yield f"{use.key}.{name}", method.rival_loss(name, s.detach(), t.detach(), batch)
+
+    def turns(self, sight: Sight) -> Iterator[Turn]:
+        """The lesson's turns: every rival's, then the student's."""
+        for rival, loss in self.rival_losses(sight):
+            yield rival, {rival: loss}
+        yield "student", self.losses(sight)
 
     def figures(self) -> dict[str, float]:
         """What the methods found worth watching in the last batch, by name."""

@@ -12,7 +12,7 @@ from limbeck.core.batch import Lesson, View
 from limbeck.core.method import Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
-from limbeck.core.teachers import MeanOf, Teacher
+from limbeck.core.teachers import MeanOf, Teacher, each_once
 
 Turn = tuple[str, dict[str, Tensor]]
 """One step of one player: its name and the named losses it lowers."""
@@ -133,7 +133,7 @@ class Scheme(ABC):
     def follow(self) -> None:
         """After a step: teachers that move do so, each once."""
         movers = [*self.teachers(), *([] if self.mean is None else [self.mean])]
-        for teacher in {id(teacher): teacher for teacher in movers}.values():
+        for teacher in each_once(movers):
             teacher.follow()
 
     def train(self) -> None:

@@ -387,6 +387,11 @@ class Ensemble(Teacher):
         return Seen(torch.logsumexp(logs + weights.log().view(-1, *[1] * (logs.ndim - 1)), 0))
 
 
+def each_once(teachers: Iterable[Teacher]) -> tuple[Teacher, ...]:
+    """The same teachers in their order, each once: who is named by two terms is asked, and moves, once."""
+    return tuple({id(teacher): teacher for teacher in teachers}.values())
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, each once: a tied weight is in a `state_dict` twice, and would move twice."""
     return dict([*model.named_parameters(), *model.named_buffers()])

@@ -60,6 +60,7 @@ class Keeping(Teacher):
         self.teacher, self.loader, self.place, self.called = teacher, loader, place, called
         self._names: tuple[str, ...] = ()
         self._planned: Header | None = None
+        self._folder: Path | None = None
         self._shard: _Shard | None = None
         self._checked = False
         self._device = torch.device("cpu")
@@ -75,12 +76,13 @@ class Keeping(Teacher):
     @property
     def folder(self) -> Path | None:
         """Where this very lesson's answers are."""
-        if self.place is None:
-            return None
-        # The header tells of epoch 0, where a view of old draws still shows what every other one does.
-        later = drawn(self.loader, 1)
-        told = f"{self.header.text()} {witness(later)} {shown(self.teacher, later)}"
-        return self.place / f"{quote(self.called, safe=' ')}-{sha256(told.encode()).hexdigest()[:12]}"
+        if self._folder is None and self.place is not None:
+            # The header tells of epoch 0, where a view of old draws still shows what every other one does.
+            later = drawn(self.loader, 1)
+            told = f"{self.header.text()} {witness(later)} {shown(self.teacher, later)}"
+            key = sha256(told.encode()).hexdigest()[:12]
+            self._folder = self.place / f"{quote(self.called, safe=' ')}-{key}"
+        return self._folder
 
     @property
     def kept(self) -> str:
@@ -121,7 +123,7 @@ class Keeping(Teacher):
     def look(self, names: Iterable[str]) -> None:
         names = [name for name in names if name not in self._names]
         self.teacher.look(names)
-        self._names, self._planned = (*self._names, *names), None
+        self._names, self._planned, self._folder = (*self._names, *names), None, None
 
     def check(self, batch: Batch) -> Seen:
         rows = batch.rows if batch.index is None else len(batch.index.unique())

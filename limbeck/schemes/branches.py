@@ -38,7 +38,7 @@ from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Turn
 from limbeck.core.taps import Seen, Tapped, unmoved
-from limbeck.core.teachers import Peer, Teacher
+from limbeck.core.teachers import Peer, Teacher, each_once
 from limbeck.pieces.branch import Branch, pool, stages
 
 
@@ -126,7 +126,7 @@ class Branches(Scheme):
 
     def teachers(self) -> tuple[Teacher, ...]:
         each = [*self.network.teachers(), self.itself]
-        return tuple({id(teacher): teacher for teacher in each}.values())
+        return each_once(each)
 
     def refuse_cut(self) -> str | None:
         return next(filter(None, (lesson.refuse_cut() for _, lesson in self._lessons())), None)

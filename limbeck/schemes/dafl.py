@@ -39,7 +39,7 @@ from limbeck.core.keyed import forked, keyed_normal
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Turn, to_work
 from limbeck.core.taps import unmoved
-from limbeck.core.teachers import Teacher
+from limbeck.core.teachers import Teacher, each_once
 
 
 def one_hot(t: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
@@ -86,7 +86,7 @@ class DAFL(Scheme):
     def staged(cls, cast: Cast, alpha: float = 0.1, beta: float = 5.0, tap: str = "pooled") -> "DAFL":
         student, inventor = cast.names("dafl", "student", "generator")
         generator = cast.learners[inventor]
-        teachers = list({id(t): t for term in cast.terms for t in term.teachers}.values())
+        teachers = each_once(teacher for term in cast.terms for teacher in term.teachers)
         if len(teachers) != 1:
             raise Refused(
                 f"The scheme 'dafl' has one teacher, whom its images are made for, and the terms name "
@@ -130,9 +130,7 @@ class DAFL(Scheme):
         images = invented.x.detach()
         yield "generator", losses
         sight = Sight(self.distiller.show(invented.replace(x=images)), [judged.detach()])
-        for rival, loss in self.distiller.rival_losses(sight):
-            yield rival, {rival: loss}
-        yield "student", self.distiller.losses(sight)
+        yield from self.distiller.turns(sight)
 
     def players(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         inventing = {name: p for name, p in self.generator.named_parameters() if p.requires_grad}

@@ -50,7 +50,7 @@ from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Term, Turn
 from limbeck.core.taps import Seen, Tapped, unmoved
 from limbeck.core.task import labelled_cross_entropy
-from limbeck.core.teachers import Peer, Teacher
+from limbeck.core.teachers import Peer, Teacher, each_once
 from limbeck.pieces.branch import Branch, Joint, grown, joint
 from limbeck.pieces.images import TURNS, joint_labels, square, turned
 
@@ -260,7 +260,7 @@ class HSSAKD(Scheme):
 
     def teachers(self) -> tuple[Teacher, ...]:
         each = [teacher for learner in self.learners.values() for teacher in learner.lessons[""].teachers()]
-        return tuple({id(teacher): teacher for teacher in each}.values())
+        return each_once(each)
 
     def refuse_cut(self) -> str | None:
         return next(filter(None, (lesson.refuse_cut() for _, _, lesson in self._lessons())), None)

@@ -29,10 +29,7 @@ class Offline(Scheme):
         return cls(cast.distiller(student))
 
     def turns(self, batch: Batch) -> Iterator[Turn]:
-        sight = self.distiller.see(batch)
-        for rival, loss in self.distiller.rival_losses(sight):
-            yield rival, {rival: loss}
-        yield "student", self.distiller.losses(sight)
+        yield from self.distiller.turns(self.distiller.see(batch))
 
     def players(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         return self.distiller.players()

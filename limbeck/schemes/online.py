@@ -29,7 +29,7 @@ from limbeck.core.distiller import Distiller
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Turn
 from limbeck.core.taps import unmoved
-from limbeck.core.teachers import Peer, Teacher
+from limbeck.core.teachers import Peer, Teacher, each_once
 
 
 class Online(Scheme):
@@ -90,7 +90,7 @@ class Online(Scheme):
 
     def teachers(self) -> tuple[Teacher, ...]:
         each = [teacher for distiller in self.distillers.values() for teacher in distiller.teachers()]
-        return tuple({id(teacher): teacher for teacher in each}.values())
+        return each_once(each)
 
     def refuse_cut(self) -> str | None:
         return next(filter(None, (distiller.refuse_cut() for distiller in self.distillers.values())), None)
