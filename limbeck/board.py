@@ -21,6 +21,7 @@ from scipy import stats
 from limbeck import answers, build, checkpoint, recipe
 from limbeck import run as runs
 from limbeck.core.refused import Refused
+from limbeck.data.keeping import Keeping
 from limbeck.data.loader import Loader
 from limbeck.engine import Diverged
 from limbeck.run import Moment, Run, Stopped
@@ -96,14 +97,14 @@ class Board:
         self._refuse_others()
         self._stop = False
         self._run: Run | None = None
-        self.takes: dict[str, int] = {}
-        """Bytes that teachers' answers will take, by what is kept of whom, all seeds together."""
+        keeping: list[Keeping] = []
         for name, plan in self.plans.items():
             try:
-                kept = build.rehearse(plan, seeds[0], device, self.folder / "stores")
-                self.takes |= {what: len(seeds) * size for what, size in kept.items()}
+                keeping += build.rehearse(plan, seeds[0], device, self.folder / "stores")
             except Refused as error:
                 raise Refused(f"Arm '{name}': {error}") from error.__cause__
+        self.takes = {what: len(seeds) * size for what, size in build.takes(keeping).items()}
+        """Bytes that teachers' answers will take, by what is kept of whom, all seeds together."""
 
     def _refuse_others(self) -> None:
         """A cell of another recipe, or of weights that have changed, is not to be found after hours."""

@@ -349,19 +349,26 @@ def headline(recipe: Recipe, stage: Stage) -> str:
 
 def rehearse(
     recipe: Recipe, seed: int | None = None, device: str = "cpu", stores: Path | None = None
-) -> dict[str, int]:
+) -> list[Keeping]:
     """Assemble every stage once with untrained networks, so that what does not fit in the last is said before
-    the first step. Gives the bytes that answers will take on the disk, by what is kept of whom."""
+    the first step. Gives the teachers that will keep their answers."""
     trial = replace(lab(recipe, seed, device, stores), rehearsal=True)
     for number in range(len(recipe.stages)):
         trial.engine(number)
     few = Loader(trial.splits.test, 2, seed=trial.seed).at(0)
     for views in recipe.tests.values():
         _shown(views, few)
-    takes: dict[str, int] = {}
-    for one in {one.folder: one for one in sorted(trial.keeping, key=lambda one: one.bytes)}.values():
-        takes[one.kept] = takes.get(one.kept, 0) + one.bytes
-    return takes
+    return trial.keeping
+
+
+def takes(keeping: Iterable[Keeping]) -> dict[str, int]:
+    """The bytes that answers will take on the disk, by what is kept of whom."""
+    # Lessons may share a store; the longest of them tells how large it will be.
+    stores = {one.folder: one for one in sorted(keeping, key=lambda one: one.bytes)}
+    total: dict[str, int] = {}
+    for one in stores.values():
+        total[one.kept] = total.get(one.kept, 0) + one.bytes
+    return total
 
 
 def _each(teachers: Iterable[Teacher]) -> Iterator[Teacher]:

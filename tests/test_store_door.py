@@ -145,6 +145,13 @@ def test_the_arms_of_a_board_ask_the_teacher_once(tmp_path: Path, monkeypatch: p
     assert how["control"] == [] and how["kd"][0].startswith("stored as it answers, 20 bytes a sample; live")
 
 
+def test_arms_of_other_lessons_each_take_their_own(tmp_path: Path) -> None:
+    plan = recipe.parse({"data": "digits", "models": AUTO, "stages": [TAUGHT, LEARNS]})
+    arms = {"kd": {}, "dkd": {"terms": ["dkd"]}, "moved": {"augment": ["crop"]}}
+    one, all_ = (Board(plan, some, [0, 1], tmp_path) for some in ({"kd": {}}, arms))
+    assert all_.takes == {"teacher's answers": 2 * one.takes["teacher's answers"]}
+
+
 def test_the_disk_it_takes_is_said_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -259,6 +259,5 @@ class _Shard:
             self._store = store
 
     def _last_rows(self) -> np.ndarray:
-        last = self.loader.at((self.epoch + 1) * self.loader.steps - 1).index
-        assert last is not None
-        return last.cpu().numpy()
+        last, _ = self.loader.drawn((self.epoch + 1) * self.loader.steps - 1)
+        return last.numpy()

@@ -327,11 +327,11 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from step `start` of it."""
         steps = range(epoch * self.steps + start, (epoch + 1) * self.steps)
-        return self._batches(map(self._drawn, steps), self.augment)
+        return self._batches(map(self.drawn, steps), self.augment)
 
     def at(self, step: int, seed: int | None = None) -> Batch:
         """The batch of a step counted over all epochs. `seed` stands in for the loader's own."""
-        return self.rows(*self._drawn(step, seed), self.augment)
+        return self.rows(*self.drawn(step, seed), self.augment)
 
     def once(self, batch: int) -> Iterator[Batch]:
         """Every row once, in order, as it is: for evaluation."""
@@ -347,8 +347,8 @@ class Loader:
             self.seed, epoch, self.epochs, step, len(self.data), len(self.data.classes), self.data.y
         )
 
-    def _drawn(self, step: int, seed: int | None = None) -> tuple[Tensor, Lesson]:
-        """The rows of a step, and the lesson they are for."""
+    def drawn(self, step: int, seed: int | None = None) -> tuple[Tensor, Lesson]:
+        """The rows of a step counted over all epochs, and the lesson they are for; nothing is read."""
         epoch, place = divmod(step, self.steps)
         lesson = self.lesson(epoch, step)
         if seed is not None:

@@ -267,8 +267,8 @@ def _batches(loader: Loader, epoch: int, done: int, present: np.ndarray) -> Iter
         # The order of an epoch does not depend on the batch; in it pairs of rows stay pairs.
         single = Loader(loader.data, 1, seed=loader.seed, epochs=loader.epochs)
         n = len(loader.data)
-        left = (single.at(epoch * n + k).index for k in range(loader.steps * loader.batch, n))
-        rows = torch.tensor([int(row) for row in left if row is not None], dtype=torch.long)
+        left = (single.drawn(epoch * n + k)[0] for k in range(loader.steps * loader.batch, n))
+        rows = torch.tensor([int(row) for row in left], dtype=torch.long)
     else:
         rows = torch.from_numpy(np.flatnonzero(~present))
     lesson = loader.lesson(epoch, (epoch + 1) * loader.steps - 1)

@@ -276,9 +276,7 @@ def test_a_file_is_read_by_any_sum_pinned_for_its_name(tmp_path: Path) -> None:
         read(path, other)
 
 
-def test_a_folder_beside_the_work_is_looked_in_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_beside_the_work_is_looked_in_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     assert shelves() == [Path("../shared/data")]

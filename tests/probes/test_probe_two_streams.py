@@ -42,10 +42,13 @@ class Adapt(Scheme):
     def turns(self, batch: Mapping[str, Batch]) -> Iterator[Turn]:
         source, target = batch["source"], batch["target"]
         here, there = self.tapped(noisy(target).x).out, self.mean(target).out
-        yield "student", {
-            "task": labelled_cross_entropy(self.tapped(source.x), source),
-            "consistency": F.mse_loss(here.softmax(1), there.softmax(1)),
-        }
+        yield (
+            "student",
+            {
+                "task": labelled_cross_entropy(self.tapped(source.x), source),
+                "consistency": F.mse_loss(here.softmax(1), there.softmax(1)),
+            },
+        )
 
     def players(self) -> Mapping[str, Mapping[str, nn.Parameter]]:
         return {"student": dict(self.student.named_parameters())}

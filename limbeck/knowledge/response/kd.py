@@ -32,9 +32,7 @@ from limbeck.core.taps import Seen
 from limbeck.pieces.softening import kl, log_soften
 
 
-def kd(
-    s: Float[Tensor, "b k *rest"], t: Float[Tensor, "b k *rest"], temperature: float
-) -> Float[Tensor, ""]:
+def kd(s: Float[Tensor, "b k *rest"], t: Float[Tensor, "b k *rest"], temperature: float) -> Float[Tensor, ""]:
     """How far the student's softened answer is from the teacher's. Gradient passes to both."""
     return temperature**2 * kl(log_soften(s, temperature), log_soften(t, temperature)).mean()
 
