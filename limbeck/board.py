@@ -245,6 +245,7 @@ class Board:
                     "seconds": statistics.fmean(_sum("seconds", r, self.begin) for r in results),
                     "asking": statistics.fmean(_sum("asking", r, self.begin) for r in results),
                     "how": ends[0]["teachers"] if ends else [],
+                    "learned": ends[0].get("learned", []) if ends else [],
                     "parameters": results[0]["parameters"],
                     "hints": [end.get("hints") for end in ends],
                     "pictures": ends[0].get("pictures", []) if ends else [],

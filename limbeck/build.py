@@ -76,7 +76,8 @@ class Lab:
     def _engine(self, number: int, stage: Stage) -> Engine:
         learners, task = self.learners(stage), self.tasks[number]
         loader = self.loader(stage)
-        looks = {name: spec.taps for name, spec in self.recipe.models.items() if isinstance(spec, Net)}
+        nets = {name: spec for name, spec in self.recipe.models.items() if isinstance(spec, Net)}
+        looks = {name: net.taps for name, net in nets.items()}
         example, view = self._example(loader, stage), _view(stage.view)
         shown = dict.fromkeys(learners, _shown(stage.view, example))
         peers = {who: Peer(net, shown[who], taps=looks.get(who), called=who) for who, net in learners.items()}
@@ -105,6 +106,7 @@ class Lab:
             stage.task_weight,
             view,
             looks,
+            {name: net.channels_last for name, net in nets.items()},
             peers,
             self.seed,
         )

@@ -90,7 +90,8 @@ class Net(Named):
     store: `auto` stores its answers as it gives them, and reads those that are there already: the arms of a
         board ask it once.
     fold, channels_last, stop: ways to answer sooner that are taken where they are exact to rounding:
-        BatchNorm folded into convolutions, the layout that suits these, no forward beyond its last tap.
+        BatchNorm folded into convolutions, the layout that suits these (on a CPU it learns in that too), no
+        forward beyond its last tap.
     """
 
     weights: str | None = Field(None, min_length=1)

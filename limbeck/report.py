@@ -53,6 +53,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> Path:
         trust=_trust(result),
         samples=_samples(result),
         asking=_asking(result),
+        learned=_learned(result),
         pictures=[(arm["name"], arm["pictures"]) for arm in result["arms"] if arm["pictures"]],
         hints=[
             (arm["name"], list(map(_layers, arm["hints"]))) for arm in result["arms"] if any(arm["hints"])
@@ -276,6 +277,16 @@ def _asking(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         for arm in result["arms"]
         if arm["how"]
     ]
+
+
+def _learned(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """By which ways networks learned, and the arms that went so."""
+    arms: dict[str, list[str]] = {}
+    for arm in result["arms"]:
+        for way in arm["learned"]:
+            arms.setdefault(way, []).append(arm["name"])
+    every = len([arm for arm in result["arms"] if arm["curves"]])
+    return [(way, "all arms" if len(names) == every else _and(names)) for way, names in arms.items()]
 
 
 def _other(result: Mapping[str, Any]) -> str:

@@ -243,6 +243,7 @@ class Run:
             "parameters": sum(p.numel() for p in shipped.parameters()),
             "seconds": sum(r["seconds"] for r in self.records if r["stage"] == self.stage),
             "asking": sum(r["asking"] for r in self.records if r["stage"] == self.stage),
+            "learned": engine.scheme.how(),
             "teachers": list(dict.fromkeys(teacher.how() for teacher in engine.scheme.teachers())),
         }
         hints = {place: taps for place, taps in self.lab.hints.items() if place.startswith(f"{self.stage}.")}

@@ -76,6 +76,7 @@ def arm(name: str, scores: list[float], control: list[float] | None) -> dict[str
         "seconds": 3.25,
         "asking": 0.0 if control is None else 1.5,
         "how": [] if control is None else ["live, channels_last"],
+        "learned": ["channels_last"],
         "parameters": 5290,
         "curves": [curve(10.0, score - 5, score) for score in scores],
     }
@@ -524,6 +525,15 @@ def test_without_a_teacher_calibration_is_still_told(tmp_path: Path) -> None:
 def test_what_the_teachers_cost_stands_beside_the_arms_that_have_one(tmp_path: Path) -> None:
     rows = page(tmp_path, board({"kd": HELPS})).tables[-1]
     assert rows[1:] == [["kd", "3.2", "1.5", "live, channels_last"]]
+
+
+def test_it_says_by_which_way_networks_learned(tmp_path: Path) -> None:
+    result = board({"kd": HELPS, "at": UNSURE})
+    last = "Learned in channels_last, the layout that suits convolutions on a CPU: "
+    assert last + "all arms." in page(tmp_path, result).text
+    result["arms"][1]["learned"], result["arms"][0]["learned"] = ["compiled"], []
+    text = page(tmp_path, result).text
+    assert last + "at." in text and "Learned under torch.compile: kd." in text
 
 
 def test_chosen_layers_and_reconstructions_are_shown(tmp_path: Path) -> None:

@@ -525,3 +525,10 @@ def test_a_loss_that_is_no_longer_finite_ends_the_run_and_ships_nothing(tmp_path
     with pytest.raises(Refused, match=r"The loss 'task' of player 'student' became .* lower the learning"):
         finish(Run(plan(stages=stages), tmp_path / "run"))
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_network_learns_in_channels_last_unless_its_recipe_says_no(tmp_path: Path) -> None:
+    shy = {"teacher": TEACHER, "student": {**STUDENT, "channels_last": False}}
+    run = Run(plan(models={**shy, "slow": {"mean_of": "student"}}), tmp_path / "run")
+    finish(run)
+    assert [final["learned"] for final in run.finals] == [["channels_last"], []]

@@ -20,8 +20,8 @@ class Cast:
     that shapes are taken from.
 
     example: on the learners' device. peers: each learner as a teacher of the others; terms name these
-    objects among their teachers. taps: names for looks inside the learners, by learner. The rest is as in
-    `Distiller`.
+    objects among their teachers. taps: names for looks inside the learners, by learner. channels_last: by
+    learner, whether it may compute in that layout (True). The rest is as in `Distiller`.
     """
 
     learners: Mapping[str, nn.Module]
@@ -31,6 +31,7 @@ class Cast:
     task_weight: float = 1.0
     view: View | None = None
     taps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    channels_last: Mapping[str, bool] = field(default_factory=dict)
     peers: Mapping[str, Peer] = field(default_factory=dict)
     seed: int = 0
 
@@ -68,6 +69,7 @@ class Cast:
             task_weight=self.task_weight,
             view=self.view,
             taps=self.taps.get(name),
+            channels_last=self.channels_last.get(name, True),
             seed=self.seed,
             called=name,
         )

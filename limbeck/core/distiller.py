@@ -14,7 +14,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.batch import Batch, Lesson, View
+from limbeck.core.fast import APART, agree, learns_last
 from limbeck.core.keyed import forked
 from limbeck.core.method import Method
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Term, Turn, to_work
-from limbeck.core.taps import Seen, Tapped, unmoved
+from limbeck.core.taps import Seen, Tapped, lying, unmoved
 from limbeck.core.task import Task, labelled_cross_entropy
 from limbeck.core.teachers import Frozen, Teacher
 
@@ -68,6 +69,9 @@ class Distiller(nn.Module):
         task_weight: its weight.
         view: what the student is shown instead of the batch (teachers own their views).
         taps: names for looks inside the student, as in `Tapped`.
+        channels_last: the student computes in the layout that suits convolutions, where it is on a CPU and
+            that changes nothing but rounding (see `limbeck.core.fast.learns_last`); its weights stay as they
+            are. A method is shown maps in that layout too if its losses and their gradients are the same.
         seed: fixes the initial weights of the methods' modules.
         called: the student's name in what is refused.
 
@@ -87,6 +91,7 @@ class Distiller(nn.Module):
         task_weight: float = 1.0,
         view: View | None = None,
         taps: Mapping[str, str] | None = None,
+        channels_last: bool = True,
         seed: int = 0,
         called: str = "student",
     ) -> None:
@@ -103,6 +108,8 @@ class Distiller(nn.Module):
         self._views: list[View | None] = [view]
         self._teachers: list[Teacher] = []
         self._uses: list[_Use] = []
+        self._lies_last: set[str] = set()
+        """Methods that are shown maps in `channels_last`."""
 
         only = Frozen(teacher) if isinstance(teacher, nn.Module) else teacher
         for item in methods if isinstance(methods, Sequence) else [methods]:
@@ -131,7 +138,7 @@ class Distiller(nn.Module):
         like = next((p for p in student.parameters() if p.is_floating_point()), torch.empty(0))
         self.lenses.to(like.device, like.dtype)
         batch = (example if isinstance(example, Batch) else Batch(example[0], example[1])).to(like.device)
-        sight = self._dry_run(batch)
+        sight = self._dry_run(batch, channels_last)
         if isinstance(task, Task):
             task.check(*sight.students[0])
         if self.task is not None:
@@ -232,6 +239,12 @@ class Distiller(nn.Module):
     def teachers(self) -> tuple[Teacher, ...]:
         return tuple(self._teachers)
 
+    def how(self) -> str:
+        """By which way the student learns, in words; none for the usual one."""
+        if _TRACED[0] in vars(self):
+            return "compiled"
+        return "channels_last" if self._tapped.channels_last else ""
+
     def refuse_cut(self) -> str | None:
         whole = [use.name for use in self._uses if not self._method(use).card.per_sample]
         return next(iter(self._whole + whole), None)
@@ -307,18 +320,21 @@ class Distiller(nn.Module):
         """What a method is shown: the student, its teacher, the student's batch and the lenses' factor."""
         s, batch = sight.students[use.view]
         t = _paired(sight.teachers[use.teacher], use.term.pairs)
+        last = use.key in self._lies_last and not torch.compiler.is_compiling()
+        s, t = lying(s, last), lying(t, last)
         factor: float | Tensor = 1.0
         for lens in use.term.through:
             s, t, more = lens(s, t)
             factor = factor * more
         return s, t, batch, factor
 
-    def _dry_run(self, batch: Batch) -> Sight:
+    def _dry_run(self, batch: Batch, channels_last: bool) -> Sight:
         """One eager look at the example, the student in train mode as it will be. Nothing of it stays."""
         to_work(self.student)
         said = _said(f"The {self._tapped.called}", "be run on the example")
         with unmoved(self.student), forked(self.seed, "dry run"), said:
             viewed = [batch if view is None else view(batch) for view in self._views]
+            self._tapped.channels_last = channels_last and learns_last(self._tapped, viewed[0].x)
             students = [(_as_leaves(self._tapped.check(b.x)), b) for b in viewed]
         with _said("The teacher", "be run on the example"):
             return Sight(students, [teacher.check(batch) for teacher in self._teachers])
@@ -361,6 +377,27 @@ class Distiller(nn.Module):
                     )
                 for rival in method.rivals():
                     method.rival_loss(rival, s.detach(), t.detach(), batch)
+        if self._tapped.channels_last and any(v.ndim == 4 for v in s.at.values()):
+            self._lay(use, sight)
+
+    def _lay(self, use: _Use, sight: Sight) -> None:
+        """Show the method maps in `channels_last` if its losses and their gradients do not change by it."""
+        with suppress(Exception):  # it counts on the usual layout, as `view` does
+            usual = self._tried(use, sight)
+            self._lies_last.add(use.key)
+            if agree(usual, self._tried(use, sight), APART):
+                return
+        self._lies_last.discard(use.key)
+
+    def _tried(self, use: _Use, sight: Sight) -> list[Tensor]:
+        """Every loss of a method, and the gradients of the first in what the student showed."""
+        method, (seen, _) = self._method(use), sight.students[use.view]
+        with unmoved(method), forked(self.seed, "layout", use.key):
+            s, t, batch, factor = self._shown(use, sight)
+            loss = factor * method.loss(s, t, batch)
+            own = [method.rival_loss(rival, s.detach(), t.detach(), batch) for rival in method.rivals()]
+            slopes = torch.autograd.grad(loss, _with_gradient(seen), allow_unused=True)
+        return [loss, *own, *(v for v in slopes if v is not None)]
 
 
 class ClassesDiffer(Refused):
@@ -418,10 +455,14 @@ def _as_leaves(seen: Seen) -> Seen:
 
 def _reaches(loss: Tensor, seen: Seen) -> bool:
     """Whether the loss has a gradient in anything the student showed."""
-    shown = [v for v in (seen.out, *seen.at.values()) if isinstance(v, Tensor) and v.requires_grad]
+    shown = _with_gradient(seen)
     if not loss.requires_grad or not shown:
         return False
     return any(g is not None for g in torch.autograd.grad(loss, shown, retain_graph=True, allow_unused=True))
+
+
+def _with_gradient(seen: Seen) -> list[Tensor]:
+    return [v for v in (seen.out, *seen.at.values()) if isinstance(v, Tensor) and v.requires_grad]
 
 
 def _seat(row: list[Any], item: Any) -> int:

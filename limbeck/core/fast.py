@@ -8,12 +8,14 @@
   that decides by the values it computes may go another way next time, so there nothing is folded.
 - Convolutions take `channels_last` tensors without the reordering that the default layout costs them.
 
+`learns_last` says whether a learner may go the second way, with gradient and its own weights.
+
 It happens on a twin that shares all that is not changed with the model, so the model, its `state_dict`, flags
 and hooks stay untouched. A model with hooks of others, which a twin would not call, has no shortcut.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,6 +41,8 @@ _HOOKS = (
 )
 ROUNDING = 100
 """How many units of rounding, of the largest value, an answer may be away from the plain one."""
+APART = 10_000
+"""The same for a learner, which is compared in training."""
 
 Folds = Sequence[tuple[str, str]]
 """Names of a convolution and of the BatchNorm that it takes in."""
@@ -68,12 +72,8 @@ class Fast:
         if list(self.tapped.model.modules()) != self._modules or not unhooked(self._modules):
             return self.tapped(x)  # not the model that was looked at
         twin = self._current()
-        if self.channels_last:
-            x = {k: _last(v) for k, v in x.items()} if isinstance(x, Mapping) else _last(x)
         seen = twin.until_seen(x) if until_seen else twin(x)
-        at = {name: v.contiguous() for name, v in seen.at.items()}
-        out = seen.out.contiguous() if isinstance(seen.out, Tensor) else seen.out
-        return replace(seen, out=out, at=at, model=self.tapped.model, modules=self.tapped.modules)
+        return replace(seen, model=self.tapped.model, modules=self.tapped.modules)
 
     def __str__(self) -> str:
         folded = [f"{len(self.folds)} BatchNorms folded into convolutions"] if self.folds else []
@@ -103,7 +103,7 @@ def shortcut(tapped: Tapped, x: Any, *, fold: bool = True, channels_last: bool =
     fold = fold and any(isinstance(m, _NORMS) for m in modules)
     if not (fold or channels_last) or not _plain(modules):
         return None
-    few = {k: v[:2] for k, v in x.items()} if isinstance(x, Mapping) else x[:2]
+    few = _few(x)
     first = next(iter(few.values())) if isinstance(few, Mapping) else few
     in_full = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     full = torch.autocast(first.device.type, enabled=False)
@@ -124,12 +124,31 @@ def shortcut(tapped: Tapped, x: Any, *, fold: bool = True, channels_last: bool =
     return None
 
 
+def learns_last(tapped: Tapped, x: Any) -> bool:
+    """Whether a learner on a CPU shows the same in `channels_last`, to rounding, on the first rows of x: its
+    convolutions then learn sooner. One that draws for each place of a map draws something else in that
+    layout, and one that looks at how its tensors lie shows something else. Nothing of it moves, and no draw
+    is used up."""
+    modules, few = list(tapped.model.modules()), _few(x)
+    image = isinstance(few, Tensor) and few.ndim == 4 and few.device.type == "cpu"
+    if not image or sum(isinstance(m, nn.Conv2d) for m in modules) < 2 or not _plain(modules):
+        return False
+    twins = [_stand_in(tapped), _stand_in(tapped)]
+    twins[1].channels_last = True
+    try:
+        with torch.no_grad(), forked("learns last"):
+            usual = twins[0](few)
+        with torch.no_grad(), forked("learns last"):
+            return _same(usual, twins[1](few), APART)
+    except Exception:  # the usual way says what is wrong, if it is not the layout
+        return False
+
+
 def _watched(tapped: Tapped, x: Any) -> tuple[Seen, Folds] | None:
     """What the model shows for x, and (convolution, BatchNorm) wherever the second alone reads what the first
     gives; None for a model that cannot be watched, or that moves."""
-    twin, watch = _made(tapped, [], channels_last=False), _Watch()
+    twin, watch = _stand_in(tapped), _Watch()
     for name, module in twin.model.named_modules():
-        module._buffers = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
         if type(module) in _CONVOLUTIONS:
             module.register_forward_hook(partial(watch.convolved, name))
         elif type(module) in _NORMS and module.running_mean is not None and module.running_var is not None:
@@ -203,10 +222,24 @@ def _made(tapped: Tapped, folds: Folds, channels_last: bool) -> Tapped:
         for module in model.modules() if channels_last else ():
             weight = module._parameters.get("weight")
             if isinstance(module, nn.Conv2d) and weight is not None:
-                module._parameters["weight"] = nn.Parameter(_last(weight), requires_grad=False)
+                last = weight.contiguous(memory_format=torch.channels_last)
+                module._parameters["weight"] = nn.Parameter(last, requires_grad=False)
     twin = Tapped(model, tapped.table, tapped.called)
+    twin.channels_last = channels_last
     twin.look(tapped.names)
     return twin
+
+
+def _stand_in(tapped: Tapped) -> Tapped:
+    """A twin with buffers of its own, so that a run moves nothing."""
+    twin = _made(tapped, [], channels_last=False)
+    for module in twin.model.modules():
+        module._buffers = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
+    return twin
+
+
+def _few(x: Any) -> Any:
+    return {k: v[:2] for k, v in x.items()} if isinstance(x, Mapping) else x[:2]
 
 
 def _twin(module: nn.Module, memo: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -255,18 +288,17 @@ def _tensors(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
         yield from (t for t in m._buffers.values() if t is not None)
 
 
-def _last(x: Any) -> Any:
-    image = isinstance(x, Tensor) and x.ndim == 4
-    return x.contiguous(memory_format=torch.channels_last) if image else x
-
-
-def _same(plain: Seen, fast: Seen) -> bool:
-    """Whether both show the same to rounding. What cannot be compared is not the same."""
-    pairs = zip(tree_leaves((plain.out, plain.at)), tree_leaves((fast.out, fast.at)), strict=True)
+def agree(ones: Iterable[Any], others: Iterable[Any], units: float = ROUNDING) -> bool:
+    """Whether tensors are the same to rounding. What cannot be compared is not the same."""
     return all(
         isinstance(a, Tensor)
+        and isinstance(b, Tensor)
         and a.shape == b.shape
         and a.dtype == b.dtype
-        and bool((a - b).abs().max() <= ROUNDING * torch.finfo(a.dtype).eps * a.abs().max())
-        for a, b in pairs
+        and bool((a - b).abs().max() <= units * torch.finfo(a.dtype).eps * a.abs().max())
+        for a, b in zip(ones, others, strict=True)
     )
+
+
+def _same(plain: Seen, fast: Seen, units: float = ROUNDING) -> bool:
+    return agree(tree_leaves((plain.out, plain.at)), tree_leaves((fast.out, fast.at)), units)

@@ -117,6 +117,11 @@ class Scheme(ABC):
         """Seconds that lessons spent on asking their teachers so far."""
         return sum(float(getattr(module, "asking", 0.0)) for module in self.modules().values())
 
+    def how(self) -> list[str]:
+        """By which ways the lessons are learned, each once, in words; none where all is as usual."""
+        ways = [getattr(module, "how", str)() for module in self.modules().values()]
+        return list(dict.fromkeys(filter(None, ways)))
+
     def refuse_cut(self) -> str | None:
         """The name of a loss that cannot be cut into micro-batches because it compares rows; None when all
         can."""

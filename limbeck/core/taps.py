@@ -58,6 +58,9 @@ class Tapped:
 
     The model is not rewritten: hooks are put on for as long as this object lives, and are deaf except during
     its own call.
+
+    With `channels_last` images (b c h w) are shown in that layout, which suits convolutions; the answer comes
+    back in the usual one, and maps as they lie. A compiler chooses by itself.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Tapped:
         self.called = called
         self.names: tuple[str, ...] = ()
         self.modules: dict[str, nn.Module] = {}
+        self.channels_last = False
         self._ear = _Ear()
         self._out_keys = self._keys_of_out() if "out" in self.table else None
 
@@ -89,6 +93,8 @@ class Tapped:
             self.modules[name] = module
 
     def __call__(self, x: Any) -> Seen:
+        laid = self.channels_last and not torch.compiler.is_compiling()
+        x = _laid(x) if laid else x
         at: dict[str, Tensor] = {}
         self._ear.caught = at
         self._ear.open = True
@@ -99,6 +105,8 @@ class Tapped:
         finally:
             self._ear.open = False
             self._ear.caught = {}
+        if laid and isinstance(out, Tensor):
+            out = out.contiguous()
         if len(at) < len(self.names):
             missing = next(n for n in self.names if n not in at)
             raise Refused(
@@ -170,6 +178,13 @@ class Tapped:
         return out
 
 
+def lying(seen: Seen, channels_last: bool) -> Seen:
+    """The same with every map (b c h w) in that layout, or in the usual one."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    at = {k: v.contiguous(memory_format=layout) if v.ndim == 4 else v for k, v in seen.at.items()}
+    return replace(seen, at=at)
+
+
 @contextmanager
 def unmoved(module: nn.Module) -> Iterator[None]:
     """What the module remembers (BatchNorm statistics, banks) is afterwards what it was before."""
@@ -231,6 +246,13 @@ class _Enough(BaseException):
 def ours(hook: Any) -> bool:
     """Whether a module's hook is a Tapped's: then it is deaf except during that one's own call."""
     return isinstance(getattr(hook, "__self__", None), _Hook)
+
+
+def _laid(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {name: _laid(v) for name, v in x.items()}
+    image = isinstance(x, Tensor) and x.ndim == 4
+    return x.contiguous(memory_format=torch.channels_last) if image else x
 
 
 def _parse(name: str, tap: str) -> tuple[str, str | None, tuple[str, ...]]:

@@ -537,3 +537,121 @@ def test_a_method_looks_where_its_term_says() -> None:
 def test_pairs_name_what_the_method_looks_at() -> None:
     with pytest.raises(Refused, match=r"pairs of method 'watched' name 'hidden'.*it looks at deep"):
         Distiller(student(), teacher(), Term(Watched(), pairs={"hidden": "body.0"}), example=PAIR)
+
+
+# --- how maps lie ---
+
+
+IMAGES = Batch(randn(6, 3, 8, 8), BATCH.y, BATCH.index)
+
+
+def cnn(width: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = (nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 5, 3))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
+
+
+class Maps(Method):
+    """A loss of the student's and the teacher's maps at `2`, and how these lay when it was last asked."""
+
+    card = Card("none", 2000, ("feature",), taps=("2",), per_sample=True)
+
+    def __init__(self, say: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.say = say
+        self.lay: list[bool] = []
+
+    def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
+        maps = s.at["2"], t.at["2"]
+        self.lay = [v.is_contiguous(memory_format=torch.channels_last) for v in maps]
+        return self.say(*maps)
+
+
+class Judged(Maps):
+    """With a rival that reads the maps as `see` does."""
+
+    def __init__(self, see: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(F.mse_loss)
+        self.critic = nn.Linear(4, 1)
+        self.see = see
+
+    def rivals(self) -> dict[str, nn.Module]:
+        return {"critic": self.critic}
+
+    def rival_loss(self, name: str, s: Seen, t: Seen, batch: Batch) -> Tensor:
+        return self.critic(self.see(s.at["2"]).mean((2, 3))).mean()
+
+
+def flat(v: Tensor) -> Tensor:
+    return v.view(len(v), -1)
+
+
+def strided(v: Tensor) -> Tensor:
+    return v * v.stride(1)
+
+
+def cut(v: Tensor) -> Tensor:
+    """A gradient that depends on how the map lies, where the value does not."""
+    return v + (v - v.detach()) * v.stride(1)
+
+
+LIES = [
+    (F.mse_loss, True),
+    (lambda s, t: F.mse_loss(s.flatten(1), t.flatten(1)), True),
+    (lambda s, t: F.mse_loss(flat(s), flat(t)), False),
+    (lambda s, t: F.mse_loss(strided(s), strided(t)), False),
+    (lambda s, t: F.mse_loss(cut(s), t), False),
+]
+
+
+@pytest.mark.parametrize(("say", "last"), LIES)
+def test_a_method_is_shown_maps_as_they_lie_if_that_is_all_one_to_it(
+    say: Callable[[Tensor, Tensor], Tensor], last: bool
+) -> None:
+    method = Maps(say)
+    distiller = Distiller(cnn(4, 1), cnn(4, 2), method, example=IMAGES)
+    distiller(IMAGES)
+    assert method.lay == [last, last]
+
+
+def test_each_method_is_shown_them_in_its_own_layout() -> None:
+    methods = [Maps(say) for say, _ in LIES]
+    Distiller(cnn(4, 1), cnn(4, 2), methods, example=IMAGES)(IMAGES)
+    assert [method.lay[0] for method in methods] == [last for _, last in LIES]
+
+
+@pytest.mark.parametrize(("see", "last"), [(lambda v: v, True), (lambda v: flat(v).view(v.shape), False)])
+def test_a_rival_is_asked_too(see: Callable[[Tensor], Tensor], last: bool) -> None:
+    method = Judged(see)
+    distiller = Distiller(cnn(4, 1), cnn(4, 2), method, example=IMAGES)
+    sight = distiller.see(IMAGES)
+    assert len(list(distiller.rival_losses(sight))) == 1
+    distiller.losses(sight)
+    assert method.lay == [last, last]
+
+
+def test_a_teachers_maps_lie_as_the_students_do_however_it_answers() -> None:
+    method = Maps(F.mse_loss)
+    plain = Frozen(cnn(4, 2), fold=False, channels_last=False)
+    Distiller(cnn(4, 1), plain, method, example=IMAGES)(IMAGES)
+    assert method.lay == [True, True]
+    Distiller(cnn(4, 1), cnn(4, 2), method, example=IMAGES, channels_last=False)(IMAGES)
+    assert method.lay == [False, False]
+
+
+def test_in_either_layout_it_learns_the_same() -> None:
+    exact = replace(IMAGES, x=IMAGES.x.double())
+    steps = []
+    for channels_last in (False, True):
+        one = cnn(4, 1).double()
+        distiller = Distiller(
+            one, cnn(4, 2).double(), [Maps(F.mse_loss)], example=exact, channels_last=channels_last
+        )
+        assert distiller.how() == ("channels_last" if channels_last else "")
+        distiller(exact)["loss"].backward()
+        assert all(p.is_contiguous() for p in one.parameters())
+        steps.append([*(p.grad for p in one.parameters()), *one.state_dict().values()])
+    assert any(not torch.equal(a, b) for a, b in zip(*steps, strict=True))  # it did go another way
+    for a, b in zip(*steps, strict=True):
+        torch.testing.assert_close(a, b)

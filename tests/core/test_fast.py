@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from limbeck import registry
 from limbeck.core.batch import Batch
+from limbeck.core.fast import learns_last
 from limbeck.core.keyed import forked, generator
-from limbeck.core.taps import Seen
+from limbeck.core.taps import Seen, Tapped
 from limbeck.core.teachers import Frozen, MeanOf
 
 BATCH = Batch(torch.randn(3, 3, 32, 32, generator=generator("images")))
@@ -122,9 +123,12 @@ def test_the_model_is_untouched() -> None:
     assert not seen.out.requires_grad and not seen.at["stage1"].requires_grad
 
 
-def test_answers_come_in_the_usual_layout() -> None:
-    at = teacher(net(), ("stage1", "stage2_pre"))(BATCH).at
-    assert all(v.is_contiguous() for v in at.values())
+def test_the_answer_comes_in_the_usual_layout_and_maps_as_they_lie() -> None:
+    dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)).eval()
+    quick = teacher(dense, ("1",))
+    seen = quick(BATCH)
+    assert quick.fast is not None and seen.out.is_contiguous()
+    assert seen.at["1"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_with_gradient_it_is_the_plain_model() -> None:
@@ -518,4 +522,74 @@ def test_stopping_goes_with_the_other_short_cuts() -> None:
     assert quick.fast is not None and at.out is None and at.model is model
     plain = teacher(model, ("stage1", "stage1_pre_norm"), **PLAIN)(BATCH)
     close(Seen(plain.out, at.at), plain)
-    assert at.at["stage1"].is_contiguous()
+
+
+# --- a learner in channels_last ---
+
+
+def learner(*layers: nn.Module) -> nn.Module:
+    """Two convolutions, and what a test puts between them."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *layers, nn.Conv2d(4, 5, 3))
+    return model.train()
+
+
+class Where(nn.Module):
+    """Something else for each layout."""
+
+    def __init__(self, look: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.look(x)
+
+
+@pytest.mark.parametrize("name", [*NORMS, "tiny_vit_32"])
+def test_the_houses_networks_may_learn_in_channels_last(name: str) -> None:
+    tapped = Tapped(net(name).train(), {})
+    tapped.look(("stage1", "pooled"))
+    assert learns_last(tapped, BATCH.x)
+
+
+def test_to_ask_whether_it_may_moves_nothing() -> None:
+    model = net().train()
+    before, versions = copy.deepcopy(model.state_dict()), [t._version for t in model.state_dict().values()]
+    draws = torch.get_rng_state()
+    assert learns_last(Tapped(model), BATCH.x)
+    assert all(m.training for m in model.modules()) and torch.equal(torch.get_rng_state(), draws)
+    after = model.state_dict()
+    assert [t._version for t in after.values()] == versions
+    assert all(torch.equal(after[k], before[k]) and after[k].is_contiguous() for k in before)
+
+
+@pytest.mark.parametrize(
+    ("between", "may"),
+    [
+        (nn.ReLU(), True),
+        (nn.Dropout(0.5), False),
+        (nn.Dropout(0.5).eval(), True),
+        (nn.Dropout2d(0.5), True),  # whole channels: the draws are those of the usual layout
+        (Where(lambda x: x.view(len(x), -1).view(x.shape)), False),
+        (Where(lambda x: x * x.stride(1)), False),
+        (Where(lambda x: x + x.flatten().as_strided(x.shape, x.stride())), False),
+    ],
+)
+def test_one_that_shows_something_else_in_that_layout_keeps_its_own(between: nn.Module, may: bool) -> None:
+    model = learner()
+    model.insert(2, between)
+    assert learns_last(Tapped(model), BATCH.x) is may
+
+
+def test_what_has_nothing_to_gain_keeps_its_layout() -> None:
+    assert not learns_last(Tapped(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())), BATCH.x)
+    assert not learns_last(Tapped(net("vit_tiny")), BATCH.x)
+    assert not learns_last(Tapped(learner()), {"pixels": BATCH.x})
+    assert not learns_last(Tapped(learner()), BATCH.x.to("meta"))
+
+
+def test_a_learner_that_others_listen_to_keeps_its_layout() -> None:
+    model = learner()
+    handle = model[0].register_forward_hook(lambda *given: None)
+    assert not learns_last(Tapped(model), BATCH.x)
+    handle.remove()
+    assert learns_last(Tapped(model), BATCH.x)
