@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from limbeck.pieces.similarity import cka, gram, hsic, hsic_terms, unit
+from limbeck.pieces.similarity import MANY, _as_maps, cka, gram, hsic, hsic_terms, products, unit, weighted
 
 
 def rows(b: int, d: int, seed: int = 0) -> Tensor:
@@ -171,3 +171,26 @@ def test_hsic_of_half_precision_is_computed_in_float32(dtype: torch.dtype) -> No
     found = hsic_terms(x, y)
     assert found.dtype == torch.float32 and found.isfinite().all()
     assert torch.equal(found, hsic_terms(x.float(), y.float()))
+
+
+# --- products with a bank ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [100, MANY + 1, 4099, 5000, 19_991])  # 4097 = 17 * 241; primes; 25 * 8 * 25
+def test_products_with_a_bank_are_those_of_matrices(n: int, dtype: torch.dtype) -> None:
+    bank, few, weights = rows(n, 6).to(dtype), rows(3, 6, 1).to(dtype), rows(n, 3, 2).to(dtype)
+    torch.testing.assert_close(products(bank, few), bank @ few.T)
+    torch.testing.assert_close(weighted(bank, weights), weights.T @ bank, rtol=1e-4, atol=1e-3)
+    assert products(bank, few).is_contiguous()
+
+
+def test_a_large_bank_is_taken_the_faster_way() -> None:
+    assert _as_maps(torch.empty(50_000, 4)).shape == (16, 4, 625, 5)
+    assert _as_maps(torch.empty(4099, 4)) is None and _as_maps(torch.empty(5000, 4).double()) is None
+
+
+def test_products_can_be_traced() -> None:
+    bank, few = rows(5000, 6).float(), rows(3, 6, 1).float()
+    traced = torch.compile(lambda b, r: weighted(b, products(b, r)), backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(bank, few), weighted(bank, products(bank, few)))

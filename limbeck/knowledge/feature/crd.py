@@ -42,6 +42,7 @@ A tapped tensor of more than two axes is flattened from axis 1.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -54,7 +55,7 @@ from limbeck.core.keyed import keyed
 from limbeck.core.method import Card, Method
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
-from limbeck.pieces.similarity import unit
+from limbeck.pieces.similarity import products, unit, weighted
 
 
 def nce(
@@ -67,6 +68,10 @@ def nce(
     odds = scores - log_noise  # log h / (1 - h)
     match = times[:, 0] * F.softplus(-odds[:, 0])  # -log h
     return (match + (times[:, 1:] * F.softplus(odds[:, 1:])).sum(1)).mean()
+
+
+BLOCK = 2**17
+"""Pairs that are compared at once on a CPU."""
 
 
 class CRD(Method):
@@ -139,16 +144,15 @@ class CRD(Method):
         here = unit(_projected(self.project_s, s.at[self.tap]))
         there = unit(_projected(self.project_t, t.at[self.tap]))
         assert batch.index is not None
-        pairs, times = self.pairs(batch.index, batch.lesson)
-        times = times.to(here.dtype)
-        # In one row they are found in less time than row by row.
-        pairs = pairs + len(self.order) * torch.arange(len(pairs), device=pairs.device)[:, None]
-        loss_s, log_z_s = self._one_way(here, self.bank_t, pairs, times, self.log_z[0])
-        loss_t, log_z_t = self._one_way(there, self.bank_s, pairs, times, self.log_z[1])
-        with torch.no_grad():
-            self.log_z.copy_(torch.stack([log_z_s, log_z_t]))
+        ways = ((here, self.bank_t, 0), (there, self.bank_s, 1))
+        with torch.no_grad(), torch.autocast(here.device.type, enabled=False):
+            dealt = self._deal(batch.index, batch.lesson)
+            losses, grads = zip(*(self._one_way(*way, dealt) for way in ways), strict=True)
         self._remember(batch.index, here, there)
-        return loss_s + loss_t
+        # Banks move in place, so autograd cannot keep them. What is added is 0, and has the gradient.
+        return sum(losses) + sum(
+            ((anchor - anchor.detach()) * grad).sum() for (anchor, *_), grad in zip(ways, grads, strict=True)
+        )
 
     def pairs(
         self, index: Int[Tensor, " b"], lesson: Lesson
@@ -159,7 +163,7 @@ class CRD(Method):
         others = samples - kin
         if self.negatives < samples:
             place = keyed(lesson, index, "negatives", self.negatives).mul_(others).long()
-            place += kin * (place >= first)  # kin are skipped
+            place += torch.where(place >= first, kin, 0)  # kin are skipped
             times = torch.ones(1, self.negatives, device=index.device)
         else:
             place = torch.arange(samples, device=index.device).expand(len(index), -1)
@@ -167,33 +171,44 @@ class CRD(Method):
         negatives = self.order.index_select(0, place.flatten()).view_as(place)
         return torch.cat([index[:, None], negatives], 1), F.pad(times, (1, 0), value=1.0)
 
+    def _deal(
+        self, index: Int[Tensor, " b"], lesson: Lesson
+    ) -> list[tuple[Int[Tensor, "rows pairs"], Float[Tensor, "#rows pairs"]]]:
+        """As `pairs`, a few rows after the other: on a CPU as many as its cache can hold. A pair is said by
+        its place among the scores (n b) of all samples with all rows, flattened."""
+        rows = max(BLOCK // min(self.negatives, len(self.order)), 1)
+        dealt = []
+        for first in range(0, len(index), rows if index.device.type == "cpu" else len(index)):
+            pairs, times = self.pairs(some := index[first : first + rows], lesson)
+            row = torch.arange(first, first + len(some), device=index.device)
+            dealt.append((pairs.mul_(len(index)).add_(row[:, None]), times))
+        return dealt
+
     def _one_way(
         self,
         anchor: Float[Tensor, "b d"],
         bank: Float[Tensor, "n d"],
-        pairs: Int[Tensor, "b pairs"],
-        times: Float[Tensor, "#b pairs"],
-        log_z: Float[Tensor, ""],
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The loss of one network's anchors, and log Z, found now if it is not yet known. `pairs` are places
-        among the scores of all rows with the whole bank, flattened.
-
-        The bank moves in place after the loss, so autograd cannot keep it: the gradient is taken here.
-        """
-        with torch.no_grad(), torch.autocast(anchor.device.type, enabled=False):
-            bank = bank.to(anchor.dtype)
-            scores = (anchor / self.temperature @ bank.T).flatten().index_select(0, pairs.flatten())
-            scores = scores.view_as(pairs)
-            row = (scores + times.log()).logsumexp(1) - math.log(1 + self.negatives)
-            row = across.gather(row)  # log of the mean over a row's pairs, each as often as it counts
-            found = row.logsumexp(0) + math.log(len(bank) / len(row))
-            log_z = torch.where(log_z.isinf(), found, log_z)
-            log_noise = log_z + math.log(self.negatives / len(bank))
-            loss, slope = nce(scores, times, log_noise), _slope(scores, times, log_noise)
-            slopes = torch.zeros_like(anchor[:, :1]).repeat(len(bank), 1).flatten()
-            slopes.scatter_add_(0, pairs.flatten(), slope.flatten())
-            grad = slopes.view(-1, len(bank)) @ bank / self.temperature
-        return loss + ((anchor - anchor.detach()) * grad).sum(), log_z  # adds 0, and the gradient
+        way: int,
+        dealt: Sequence[tuple[Int[Tensor, "rows pairs"], Float[Tensor, "#rows pairs"]]],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "b d"]]:
+        """The loss of one network's anchors and its gradient in them; log Z is found if it is not yet
+        known."""
+        bank = bank.to(anchor.dtype)
+        scores = products(bank, anchor / self.temperature)
+        told = [scores.flatten().index_select(0, at.flatten()).view_as(at) for at, _ in dealt]
+        if _unknown(self.log_z[way]):
+            means = [(x + times.log()).logsumexp(1) for x, (_, times) in zip(told, dealt, strict=True)]
+            row = across.gather(torch.cat(means)) - math.log(1 + self.negatives)
+            found = row.logsumexp(0) + math.log(len(bank) / len(row))  # each pair as often as it counts
+            self.log_z[way] = torch.where(self.log_z[way].isinf(), found, self.log_z[way])
+        log_noise = self.log_z[way] + math.log(self.negatives / len(bank))
+        losses, slopes = [], scores.zero_()  # their place is free now
+        for x, (at, times) in zip(told, dealt, strict=True):
+            losses.append(len(x) * nce(x, times, log_noise))
+            slope = len(x) * _slope(x, times, log_noise)
+            slopes.view(-1).scatter_add_(0, at.flatten(), slope.flatten())
+        scale = 1 / (self.temperature * len(anchor))
+        return torch.stack(losses).sum() / len(anchor), scale * weighted(bank, slopes)
 
     def _remember(self, index: Int[Tensor, " b"], s: Float[Tensor, "b d"], t: Float[Tensor, "b d"]) -> None:
         """Move the banks' rows of these samples, seen by all processes, towards what was seen."""
@@ -204,6 +219,11 @@ class CRD(Method):
             for bank, seen in ((self.bank_s, s), (self.bank_t, t)):
                 moved = torch.lerp(same @ across.gather(seen), bank[rows].to(seen.dtype), self.momentum)
                 bank[rows] = unit(moved).to(bank.dtype)
+
+
+def _unknown(log_z: Float[Tensor, ""]) -> bool:
+    """Whether log Z may have to be found. Only on a CPU does it cost nothing to look."""
+    return torch.compiler.is_compiling() or log_z.device.type != "cpu" or bool(log_z.isinf())
 
 
 def _slope(

@@ -16,6 +16,7 @@ from limbeck.core.distiller import Distiller
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
 from limbeck.core.teachers import Frozen
+from limbeck.knowledge.feature import crd
 from limbeck.knowledge.feature.crd import CRD, _slope, nce
 
 N, CLASSES, ROWS = 30, 4, 6
@@ -139,8 +140,13 @@ def slow(method: CRD, **changes: float) -> Slow:
     return Slow(copied(method.project_s), copied(method.project_t), *banks, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("blocks", ["one", "several"])
 @pytest.mark.parametrize("negatives", [FEW, ALL, 1])
-def test_three_steps_equal_the_loop_in_loss_gradient_and_banks(negatives: int) -> None:
+def test_three_steps_equal_the_loop_in_loss_gradient_and_banks(
+    negatives: int, blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks == "several":
+        monkeypatch.setattr(crd, "BLOCK", 3 * negatives)
     method = built(negatives)
     reference = slow(method)
     for count, index in enumerate([[0, 3, 9, 13, 28, 7], [4, 3, 11, 0], [29, 28, 27, 26, 25, 24, 2]]):
