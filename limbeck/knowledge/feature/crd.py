@@ -173,7 +173,7 @@ class CRD(Method):
 
     def _deal(
         self, index: Int[Tensor, " b"], lesson: Lesson
-    ) -> list[tuple[Int[Tensor, "rows pairs"], Float[Tensor, "#rows pairs"]]]:
+    ) -> list[tuple[Int[Tensor, "_ pairs"], Float[Tensor, "_ pairs"]]]:
         """As `pairs`, a few rows after the other: on a CPU as many as its cache can hold. A pair is said by
         its place among the scores (n b) of all samples with all rows, flattened."""
         rows = max(BLOCK // min(self.negatives, len(self.order)), 1)
@@ -189,7 +189,7 @@ class CRD(Method):
         anchor: Float[Tensor, "b d"],
         bank: Float[Tensor, "n d"],
         way: int,
-        dealt: Sequence[tuple[Int[Tensor, "rows pairs"], Float[Tensor, "#rows pairs"]]],
+        dealt: Sequence[tuple[Int[Tensor, "_ pairs"], Float[Tensor, "_ pairs"]]],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "b d"]]:
         """The loss of one network's anchors and its gradient in them; log Z is found if it is not yet
         known."""
