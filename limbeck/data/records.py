@@ -97,18 +97,20 @@ class Field:
 
     def decode(self, records: np.ndarray) -> Tensor:
         """What a batch of records says (b *shape), float32."""
-        column = np.ascontiguousarray(records[self.name])
-        if self.kind == "int8":
-            scale = torch.from_numpy(np.ascontiguousarray(records[f"{self.name}:scale"]))
-            return torch.from_numpy(column).float() * scale.view(-1, *[1] * len(self.shape))
-        if self.kind in WHOLE:
-            v = torch.from_numpy(column)
+        column = records[self.name]
+        if self.kind == "int8" or self.kind in WHOLE:
+            v = torch.from_numpy(np.ascontiguousarray(column))
+            if self.kind == "int8":
+                scale = torch.from_numpy(np.ascontiguousarray(records[f"{self.name}:scale"]))
+                return v.float() * scale.view(-1, *[1] * len(self.shape))
             return (v.view(torch.bfloat16) if self.kind == "bfloat16" else v).float()
         kept = column.reshape(-1, column.shape[-1])
         logs = spread(kept, self.shape[0]) if self.kind == "top" else kept.astype(np.float32)
         chosen = records[f"{self.name}:class"].reshape(-1, self.top)
-        rows = dense(chosen, logs, self.shape[0]).reshape(*column.shape[:-1], self.shape[0])
-        return torch.from_numpy(rows).movedim(-1, 1)
+        rows = torch.from_numpy(dense(chosen, logs, self.shape[0]))
+        if len(self.shape) == 1:
+            return rows
+        return rows.view(*column.shape[:-1], self.shape[0]).movedim(-1, 1)
 
     def _finite(self, v: Tensor) -> None:
         if not bool(torch.isfinite(v).all()):
@@ -122,15 +124,15 @@ class Field:
 def spread(v: Float[np.ndarray, "b top"], classes: int) -> Float[np.ndarray, "b top+1"]:
     """log q of the kept classes, whose probabilities fall; in the last column that of each other class."""
     others = classes - v.shape[1]
-    q = np.empty((len(v), v.shape[1] + 1), np.float32)
-    kept, rest = q[:, :-1], q[:, -1]
-    kept[:] = v
-    mass = kept.sum(1)
+    q = np.empty((v.shape[1] + 1, len(v)), np.float32)  # class by class: rows as short as these are slow
+    kept, rest = q[:-1], q[-1]
+    kept[:] = v.T
+    mass = kept.sum(0)
     np.divide(1 - mass, max(others, 1), out=rest)
     np.maximum(q, FLOOR, out=q)
-    np.minimum(rest, kept[:, -1], out=rest)
-    q /= (mass + others * rest)[:, None]
-    return np.log(q, out=q)
+    np.minimum(rest, kept[-1], out=rest)
+    q /= mass + others * rest
+    return np.log(q, out=q).T
 
 
 def dense(
