@@ -208,7 +208,7 @@ class Lab:
         """A learner that teaches answers as it learns: what is said of it as a teacher is not passed over."""
         for name in sorted(names):
             spec = self.recipe.models.get(name)
-            keys = ("view", "columns", "normalise", "precision", "store")
+            keys = ("view", "columns", "normalise", "precision", "batch", "store")
             said = [key for key in keys if getattr(spec, key, None)]
             if said:
                 raise Refused(
@@ -281,6 +281,7 @@ class Lab:
             view=_view(spec.view),
             normalise=None if spec.normalise is None else self.splits.train.renormalised(*spec.normalise),
             precision=None if spec.precision is None else getattr(torch, spec.precision),
+            batch=spec.batch,
             columns=spec.columns,
             called=name,
             fold=spec.fold,

@@ -143,6 +143,7 @@ def _model(spec: Net | Mean | Group | Kept) -> str:
         text += f", columns {_value(spec.columns)}" if spec.columns else ""
         text += f", normalised by {_value(spec.normalise)}" if spec.normalise else ""
         text += f", answers in {spec.precision}" if spec.precision else ""
+        text += f", {spec.batch} rows at a time" if spec.batch else ""
         text += ", answers stored as they are given" if spec.store else ""
         without = [key for key in ("fold", "channels_last", "stop") if not getattr(spec, key)]
         text += f", without {' and '.join(without)}" if without else ""

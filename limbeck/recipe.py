@@ -84,7 +84,7 @@ class Net(Named):
     weights: a safetensors file, or a .npz of plain arrays. taps: names for looks inside it. view: what it is
         shown when it teaches.
     columns: for each of the student's classes, its output that scores it. precision: of its answers when it
-        teaches.
+        teaches. batch: as many rows it answers at a time then, so that it takes less memory.
     normalise: the [mean, std] of pixel values in 0 … 1 that it was trained under, where they are not those of
         the data.
     store: `auto` stores its answers as it gives them, and reads those that are there already: the arms of a
@@ -100,6 +100,7 @@ class Net(Named):
     columns: list[int] | None = None
     normalise: Annotated[list[float | list[float]], Field(min_length=2, max_length=2)] | None = None
     precision: Literal["bfloat16", "float16"] | None = None
+    batch: int | None = Field(None, ge=1)
     store: Literal["auto"] | None = None
     fold: bool = True
     channels_last: bool = True

@@ -4,7 +4,8 @@ included."""
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -69,6 +70,7 @@ class Frozen(Teacher):
             on other statistics.
         device: where it lives; None follows the batch, and answers come back to the batch's device.
         precision: a dtype for autocast (bfloat16, float16); answers come back in float32.
+        batch: as many rows are answered at a time, so that a large model takes less memory; None is all.
         columns: for each of the student's classes, the teacher's output column that scores it.
         fold, channels_last: answers without gradient come from convolutions with their BatchNorm folded in,
             and in the layout that suits them, where that equals the plain answer to rounding (see
@@ -85,6 +87,7 @@ class Frozen(Teacher):
         normalise: tuple[Any, Any] | None = None,
         device: str | torch.device | None = None,
         precision: torch.dtype | None = None,
+        batch: int | None = None,
         columns: Sequence[int] | None = None,
         called: str = "teacher",
         fold: bool = True,
@@ -93,7 +96,9 @@ class Frozen(Teacher):
     ) -> None:
         self.model = model
         self.tapped = Tapped(model, taps, called)
-        self.view, self.normalise, self.precision = view, normalise, precision
+        if batch is not None and batch < 1:
+            raise Refused(f"The {called} is to answer {batch} rows at a time, expected 1 or more.")
+        self.view, self.normalise, self.precision, self.batch = view, normalise, precision, batch
         self.device = None if device is None else torch.device(device)
         self.columns = None if columns is None else torch.as_tensor(columns, dtype=torch.long)
         self._columns = 0 if columns is None else max(columns) + 1
@@ -122,7 +127,7 @@ class Frozen(Teacher):
     def check(self, batch: Batch) -> Seen:
         shown = batch if self.view is None else self.view(batch)
         with torch.no_grad():
-            return self._answer(shown.x, self._checked)
+            return self._answer(shown.x, self._in_parts(self._checked))
 
     def look(self, names: Iterable[str]) -> None:
         self.fast, self._sought = None, False
@@ -132,13 +137,40 @@ class Frozen(Teacher):
         short = [] if self.fast is None else [str(self.fast)]
         left = ["left after its last tap"] if self._left else []
         half = [] if self.precision is None else [str(self.precision).removeprefix("torch.")]
-        return ", ".join(["live", *short, *left, *half])
+        parts = [] if self.batch is None else [f"{self.batch} rows at a time"]
+        return ", ".join(["live", *short, *left, *half, *parts])
 
     def _ask(self, batch: Batch, until_seen: bool) -> Seen:
         shown = batch if self.view is None else self.view(batch)
         self._left = until_seen
         with torch.no_grad():  # not inference_mode: a loss may have to save the answers for its backward
-            return self._answer(shown.x, partial(self._run, until_seen=until_seen))
+            return self._answer(shown.x, self._in_parts(partial(self._run, until_seen=until_seen)))
+
+    def _in_parts(self, ask: Callable[[Any], Seen]) -> Callable[[Any], Seen]:
+        """The same, asked about `batch` rows at a time."""
+        rows = self.batch
+        if rows is None:
+            return ask
+
+        def each(x: Any) -> Seen:
+            if isinstance(x, Mapping):
+                cut = zip(*(v.split(rows) for v in x.values()), strict=True)
+                return self._together([ask(dict(zip(x, part, strict=True))) for part in cut])
+            return self._together([ask(part) for part in x.split(rows)])
+
+        return each
+
+    def _together(self, parts: Sequence[Seen]) -> Seen:
+        first, outs = parts[0], [part.out for part in parts]
+        if not isinstance(first.out, Tensor | None):
+            raise Refused(
+                f"The {self.tapped.called} answers {self.batch} rows at a time, and its answers, each a "
+                f"{type(first.out).__name__}, cannot be put together; leave `batch` out."
+            )
+        out = None if first.out is None else torch.cat(outs)
+        at = {name: torch.cat([part.at[name] for part in parts]) for name in first.at}
+        masks = [part.mask for part in parts if part.mask is not None]
+        return replace(first, out=out, at=at, mask=torch.cat(masks) if masks else None)
 
     def _run(self, x: Any, until_seen: bool) -> Seen:
         if torch.compiler.is_compiling():  # it cannot see whether the weights have changed

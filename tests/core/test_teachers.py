@@ -157,6 +157,55 @@ def test_precision_computes_in_less_and_answers_in_float32() -> None:
     assert inside == [torch.bfloat16] * 3
 
 
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_it_may_answer_few_rows_at_a_time(rows: int) -> None:
+    inside: list[int] = []
+    model = net()
+    model[0].register_forward_hook(lambda m, a, out: inside.append(len(out)))
+    teacher = Frozen(model, taps={"hidden": "0"}, batch=rows)
+    teacher.look(["hidden"])
+    whole = Frozen(net(), taps={"hidden": "0"})
+    whole.look(["hidden"])
+    for ask in (Frozen.__call__, Frozen.at_taps, Frozen.check):
+        inside.clear()
+        found, expected = ask(teacher, BATCH), ask(whole, BATCH)
+        assert sum(inside) == BATCH.rows and max(inside) == min(rows, BATCH.rows)
+        torch.testing.assert_close(found.at["hidden"], expected.at["hidden"])
+        if expected.out is not None:
+            torch.testing.assert_close(found.out, expected.out)
+    assert teacher.how().endswith(f"{rows} rows at a time")
+    quiet = Frozen(net(), taps={"hidden": "0"}, batch=rows)
+    quiet.look(["hidden"])
+    assert quiet.at_taps(BATCH).out is None
+    inside.clear()
+    teacher.through(BATCH.x)
+    assert inside == [BATCH.rows]
+
+
+class Tokens(nn.Module):
+    """Sums over tokens that count."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return (input_ids * attention_mask).sum(1, keepdim=True).float()
+
+
+def test_inputs_by_name_and_their_mask_are_cut_too() -> None:
+    x = {"input_ids": torch.arange(12).view(4, 3), "attention_mask": torch.tensor([[1, 1, 0]] * 4)}
+    one, few = (Frozen(Tokens(), batch=rows)(Batch(x)) for rows in (None, 3))
+    assert torch.equal(one.out, few.out) and torch.equal(one.mask, few.mask) and len(few.mask) == 4
+
+
+def test_answers_that_cannot_be_put_together_and_no_rows_are_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(Refused, match="answers 1 rows at a time, and its answers, each a tuple"):
+        Frozen(Two(), batch=1).check(BATCH)
+    with pytest.raises(Refused, match="0 rows at a time, expected 1 or more"):
+        Frozen(net(), batch=0)
+
+
 def test_columns_say_which_output_scores_each_class() -> None:
     teacher = Frozen(net(), columns=[3, 1])
     expected = net()(BATCH.x)[:, [3, 1]]
