@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import by_hand, memory, scaling, speed
+from benchmarks import breakdown, by_hand, memory, scaling, speed
 from limbeck import registry
 from limbeck.core.refused import Refused
 from limbeck.knowledge.feature.cakd import CAKD
@@ -359,3 +359,18 @@ def test_framework_cost_is_ours_over_by_hand(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(by_hand, "KD", Slow)
     ours, hand = speed.framework_cost(steps=2, rounds=3)
     assert 0 < ours < hand
+
+
+def test_the_parts_of_a_step_are_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert breakdown.main(["--quick"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:7]}
+    assert tuple(rows) == (*breakdown.PARTS, "all")
+    for column, place in ((0, 0), (2, 1)):
+        told = sum(float(rows[part][column]) for part in breakdown.PARTS)
+        assert told == pytest.approx(float(rows["all"][place]), abs=0.3)
+
+
+def test_a_profile_names_what_the_step_is_made_of() -> None:
+    spent = breakdown.operators(speed.QUICK)
+    assert {"aten::mkldnn_convolution", "aten::convolution_backward"} <= {name for name, _, _ in spent}
+    assert [ms for _, _, ms in spent] == sorted((ms for _, _, ms in spent), reverse=True)
