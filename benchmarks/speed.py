@@ -1,8 +1,8 @@
 """What the house costs: `python -m benchmarks.speed`, a few minutes; `--quick` to see that it runs.
 
 - A step of a method through Engine, scheme and Distiller against the same step written by hand (by_hand.py):
-  CPU time, interleaved in one process at one thread, and the most that is allocated. Before, both take a step
-  from the same weights, and must come to the same loss and the same weights.
+  CPU time, interleaved at one thread in a process of their own, and the most that is allocated. Before, both
+  take a step from the same weights, and must come to the same loss and the same weights.
 - The loss of every method that is found, forward and backward on fixed features of the same networks: `cakd`
   has a vision transformer teach, `dmae` stands between two autoencoders.
 - The whole step of methods with modules, views or turns of their own (`WHOLE`), against the plain step of the
@@ -34,8 +34,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +389,17 @@ def step_cost(duel: Duel, rounds: int) -> Step:
         by_hand_mb,
         ratios,
     )
+
+
+def by_itself(make: Callable[[Scene], Duel], scene: Scene, rounds: int) -> Step:
+    """What a step costs in a process of its own: how an earlier one has left the memory decides for the whole
+    of a later one how often its pages are cleared anew, on either side."""
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return pool.submit(_step_cost, make, scene, rounds).result()
+
+
+def _step_cost(make: Callable[[Scene], Duel], scene: Scene, rounds: int) -> Step:
+    return step_cost(make(scene), rounds)
 
 
 def race(arms: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
@@ -800,7 +813,7 @@ def measure(scene: Scene, rounds: int, only: Sequence[str] = ()) -> Figures:
         only = ["compiled", *duels]
     for name, make in duels.items():
         if not only or name in only:
-            figures.steps[name] = step = step_cost(make(scene), rounds)
+            figures.steps[name] = step = by_itself(make, scene, rounds)
             print(
                 f"{name:24s} {step.ours_ms:9.1f} {step.by_hand_ms:9.1f} {step.ratio:7.3f} "
                 f"{step.low:7.3f} {step.high:7.3f} {step.ours_mb:9.1f} {step.by_hand_mb:9.1f}",

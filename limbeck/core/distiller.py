@@ -241,9 +241,8 @@ class Distiller(nn.Module):
 
     def how(self) -> str:
         """By which way the student learns, in words; none for the usual one."""
-        if _TRACED[0] in vars(self):
-            return "compiled"
-        return "channels_last" if self._tapped.channels_last else ""
+        ways = {"compiled": _TRACED[0] in vars(self), "channels_last": self._tapped.channels_last}
+        return ", ".join(name for name, taken in ways.items() if taken)
 
     def refuse_cut(self) -> str | None:
         whole = [use.name for use in self._uses if not self._method(use).card.per_sample]
@@ -320,7 +319,7 @@ class Distiller(nn.Module):
         """What a method is shown: the student, its teacher, the student's batch and the lenses' factor."""
         s, batch = sight.students[use.view]
         t = _paired(sight.teachers[use.teacher], use.term.pairs)
-        last = use.key in self._lies_last and not torch.compiler.is_compiling()
+        last = use.key in self._lies_last
         s, t = lying(s, last), lying(t, last)
         factor: float | Tensor = 1.0
         for lens in use.term.through:

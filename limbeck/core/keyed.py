@@ -8,6 +8,7 @@ have to be made and seeded for every draw; here a whole batch is hashed at once.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -53,12 +54,38 @@ AT_ONCE = 1 << 16
 
 
 def _hashed(index: Tensor, seed: int, epoch: int, purpose: str, k: int) -> Tensor:
+    begin = number(seed, epoch, purpose, k)
+    return _by_numpy(index, begin, k) if index.device.type == "cpu" else _by_torch(index, begin, k)
+
+
+def _by_numpy(index: Tensor, begin: int, k: int) -> Tensor:
+    """In place, and a part after the other: new arrays would cost more than the hash."""
+    golden, mix1, mix2, first = (np.uint64(word) for word in (_GOLDEN, _MIX1, _MIX2, begin))
+    rows, each = index.long().numpy().astype(np.uint64)[:, None], np.arange(k, dtype=np.uint64)
+    drawn = np.empty((len(rows), k), np.float32)
+    size = max(AT_ONCE // max(k, 1), 1)
+    for start in range(0, len(rows), size):
+        z = rows[start : start + size] * np.uint64(k) + each
+        z *= golden
+        z += first
+        z ^= z >> 30
+        z *= mix1
+        z ^= z >> 27
+        z *= mix2
+        z ^= z >> 31
+        z >>= 40
+        there = drawn[start : start + size]
+        np.multiply(z.view(np.int64), 2.0**-24, out=there, casting="unsafe", dtype=np.float32)
+    return torch.from_numpy(drawn)
+
+
+def _by_torch(index: Tensor, begin: int, k: int) -> Tensor:
+    """The same where the index is: on an accelerator. Torch has no unsigned numbers of 64 bits."""
     drawn = torch.empty(len(index), k, dtype=torch.float32, device=index.device)
-    rows = max(AT_ONCE // max(k, 1), 1)
-    for some, there in zip(index.long().split(rows), drawn.split(rows), strict=True):
+    size = max(AT_ONCE // max(k, 1), 1)
+    for some, there in zip(index.long().split(size), drawn.split(size), strict=True):
         z = some[:, None] * k + torch.arange(k, device=index.device)
-        # In place: where many numbers are drawn, new tensors would cost more than the hash.
-        z.mul_(_signed(_GOLDEN)).add_(_signed(number(seed, epoch, purpose, k)))
+        z.mul_(_signed(_GOLDEN)).add_(begin)
         z.bitwise_xor_(_shift(z, 30)).mul_(_signed(_MIX1))
         z.bitwise_xor_(_shift(z, 27)).mul_(_signed(_MIX2))
         z.bitwise_xor_(_shift(z, 31))

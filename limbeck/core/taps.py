@@ -60,7 +60,7 @@ class Tapped:
     its own call.
 
     With `channels_last` images (b c h w) are shown in that layout, which suits convolutions; the answer comes
-    back in the usual one, and maps as they lie. A compiler chooses by itself.
+    back in the usual one, and maps as they lie.
     """
 
     def __init__(
@@ -93,8 +93,7 @@ class Tapped:
             self.modules[name] = module
 
     def __call__(self, x: Any) -> Seen:
-        laid = self.channels_last and not torch.compiler.is_compiling()
-        x = _laid(x) if laid else x
+        x = laid(x) if self.channels_last else x
         at: dict[str, Tensor] = {}
         self._ear.caught = at
         self._ear.open = True
@@ -105,7 +104,7 @@ class Tapped:
         finally:
             self._ear.open = False
             self._ear.caught = {}
-        if laid and isinstance(out, Tensor):
+        if self.channels_last and isinstance(out, Tensor):
             out = out.contiguous()
         if len(at) < len(self.names):
             missing = next(n for n in self.names if n not in at)
@@ -178,6 +177,14 @@ class Tapped:
         return out
 
 
+def laid(x: Any) -> Any:
+    """Images in `channels_last`; any other input as it is."""
+    if isinstance(x, Mapping):
+        return {name: laid(v) for name, v in x.items()}
+    image = isinstance(x, Tensor) and x.ndim == 4
+    return x.contiguous(memory_format=torch.channels_last) if image else x
+
+
 def lying(seen: Seen, channels_last: bool) -> Seen:
     """The same with every map (b c h w) in that layout, or in the usual one."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -246,13 +253,6 @@ class _Enough(BaseException):
 def ours(hook: Any) -> bool:
     """Whether a module's hook is a Tapped's: then it is deaf except during that one's own call."""
     return isinstance(getattr(hook, "__self__", None), _Hook)
-
-
-def _laid(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return {name: _laid(v) for name, v in x.items()}
-    image = isinstance(x, Tensor) and x.ndim == 4
-    return x.contiguous(memory_format=torch.channels_last) if image else x
 
 
 def _parse(name: str, tap: str) -> tuple[str, str | None, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from limbeck.core.batch import Batch, View
 from limbeck.core.fast import Fast, shortcut, unhooked
 from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
-from limbeck.core.taps import Seen, Tapped, unmoved
+from limbeck.core.taps import Seen, Tapped, laid, unmoved
 
 
 class Teacher(ABC):
@@ -174,6 +174,7 @@ class Frozen(Teacher):
 
     def _run(self, x: Any, until_seen: bool) -> Seen:
         if torch.compiler.is_compiling():  # it cannot see whether the weights have changed
+            x = laid(x) if self.fast is not None and self.fast.channels_last else x
             return self.tapped.until_seen(x) if until_seen else self.tapped(x)
         if not self._sought:
             self._seek(x)

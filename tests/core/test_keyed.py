@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from limbeck.core import keyed as keyeds
 from limbeck.core.batch import Lesson
 from limbeck.core.keyed import forked, generator, keyed, number
 
@@ -51,6 +52,16 @@ def test_draws_are_uniform(k: int) -> None:
         assert stats.chisquare(torch.histc(column, 100, 0, 1).numpy()).pvalue > 1e-6
         neighbours = torch.corrcoef(torch.stack([column[:-1], column[1:]]))[0, 1]
         assert abs(float(neighbours)) < 0.02
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 70_000])
+def test_an_accelerator_draws_the_same(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, begin = torch.tensor([0, 7, 2**31, 2**62 + 5, -3]), number("begin", k)
+    whole = keyeds._by_numpy(rows, begin, k)
+    assert torch.equal(whole, keyeds._by_torch(rows, begin, k)) and whole.shape == (5, k)
+    monkeypatch.setattr(keyeds, "AT_ONCE", 2)
+    for draw in (keyeds._by_numpy, keyeds._by_torch):
+        assert torch.equal(whole, draw(rows, begin, k))
 
 
 def test_the_draws_of_one_row_are_not_one_another() -> None:
