@@ -70,12 +70,14 @@ class Data:
 
     def to_float(self, x: Tensor) -> Tensor:
         """Rows of `x` as models see them, in torch's default dtype."""
-        x = x.to(torch.get_default_dtype(), copy=True).mul_(self.scale)
         mean, std = (
-            torch.as_tensor(v, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
+            torch.as_tensor(v, dtype=torch.get_default_dtype(), device=x.device).reshape(
+                -1, *[1] * (x.ndim - 2)
+            )
             for v in (self.mean, self.std)
         )
-        return x.sub_(mean).div_(std)  # in the one copy: room for each step's result costs more than the step
+        # In one copy and as few steps: room for each step's result would cost more than the step.
+        return x.to(torch.get_default_dtype(), copy=True).mul_(self.scale / std).sub_(mean / std)
 
     def on(self, device: torch.device) -> "Data":
         """The same samples, with `x` on an accelerator if it takes at most half of what is free there, so

@@ -25,7 +25,7 @@ def crop(batch: Batch, pad: int = 4, purpose: str = "crop") -> Batch:
     padded = F.pad(x, [pad] * 4)
     # Numbers lie in one long line, and a cut is made of lines of w: one copy a line, not one a number.
     b, c, high, wide = padded.shape
-    planes = torch.arange(b * c, device=x.device).view(b, c, 1) * (high * wide)
-    lines = (top[:, None, None] + torch.arange(h, device=x.device)) * wide
-    starts = planes + lines + left[:, None, None]
+    each, planes, lines = (torch.arange(n, device=x.device) for n in (b, c, h))
+    first = each * (c * high * wide) + top * wide + left
+    starts = first[:, None] + (planes[:, None] * (high * wide) + lines * wide).flatten()
     return batch.replace(x=padded.flatten().unfold(0, w, 1).index_select(0, starts.flatten()).view_as(x))
