@@ -30,6 +30,7 @@ from limbeck.data.keeping import Keeping
 from limbeck.data.loader import Data, Loader, Splits
 from limbeck.data.outside import as_splits
 from limbeck.data.published import shelves
+from limbeck.data.store_write import refuse_more
 from limbeck.data.stored import Stored
 from limbeck.data.unseen import keep_unseen
 from limbeck.engine import Engine, Pace
@@ -364,13 +365,17 @@ def rehearse(
     return trial.keeping
 
 
-def takes(keeping: Iterable[Keeping]) -> dict[str, int]:
-    """The bytes that answers will take on the disk, by what is kept of whom."""
+def takes(keeping: Iterable[Keeping], place: Path, seeds: int = 1) -> dict[str, int]:
+    """The bytes that answers will take at a place, all seeds together, by what is kept of whom. Raises
+    `Refused` where that is too much, of which what is there already is no part."""
     # Lessons may share a store; the longest of them tells how large it will be.
     stores = {one.folder: one for one in sorted(keeping, key=lambda one: one.bytes)}
     total: dict[str, int] = {}
     for one in stores.values():
-        total[one.kept] = total.get(one.kept, 0) + one.bytes
+        total[one.kept] = total.get(one.kept, 0) + seeds * one.bytes
+    there = sum(file.stat().st_size for file in place.rglob("*.bin"))
+    less = "leave `store` out for a teacher, take fewer seeds or epochs, or name a folder on another disk"
+    refuse_more("What teachers answer", sum(total.values()) - there, place, less)
     return total
 
 

@@ -1,6 +1,7 @@
 """`limbeck store` and stored teachers in recipes: what was asked once teaches as if it were asked again."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,21 @@ def test_arms_of_other_lessons_each_take_their_own(tmp_path: Path) -> None:
     arms = {"kd": {}, "dkd": {"terms": ["dkd"]}, "moved": {"augment": ["crop"]}}
     one, all_ = (Board(plan, some, [0, 1], tmp_path) for some in ({"kd": {}}, arms))
     assert all_.takes == {"teacher's answers": 2 * one.takes["teacher's answers"]}
+
+
+def test_a_disk_that_one_seed_fits_on_and_all_do_not_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = recipe.parse({"data": "digits", "models": AUTO, "stages": [LEARNS]})
+    need = sum(Board(plan, {"kd": {}}, [0], tmp_path / "one").takes.values())
+    free = shutil.disk_usage(tmp_path)._replace(free=4 * need)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
+    two = Board(plan, {"kd": {}}, [0, 1], tmp_path / "two")
+    with pytest.raises(Refused, match=r"What teachers answer would take .* more than half"):
+        Board(plan, {"kd": {}}, [0, 1, 2], tmp_path / "three")
+    for _ in two.moments():
+        pass
+    Board(plan, {"kd": {}}, [0, 1, 2], tmp_path / "two")  # what is there already is no part of it
 
 
 def test_the_disk_it_takes_is_said_first(

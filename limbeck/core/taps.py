@@ -99,7 +99,9 @@ class Tapped:
         self._ear.open = True
         try:
             out = self._answer(self.model(**x) if isinstance(x, Mapping) else self.model(x))
-        except _Enough:
+        except _Enough as left:
+            if left.ear is not self._ear:  # another one's, in whose model this one is called
+                raise
             out = None
         finally:
             self._ear.open = False
@@ -243,11 +245,15 @@ class _Hook:
             self.ear.versions[self.name] = value._version
             self.ear.counts[self.name] = self.ear.counts.get(self.name, 0) + 1
         if len(self.ear.caught) == self.ear.enough and not torch.compiler.is_compiling():
-            raise _Enough
+            raise _Enough(self.ear)
 
 
 class _Enough(BaseException):
-    """Leaves a model; no `except Exception` of its own may stop that."""
+    """Leaves a model once its ear has caught all; no `except Exception` of its own may stop that."""
+
+    def __init__(self, ear: _Ear) -> None:
+        super().__init__()
+        self.ear = ear
 
 
 def ours(hook: Any) -> bool:

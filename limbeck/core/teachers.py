@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Teacher(ABC):
     """Two verbs: `teacher(batch)` without gradient, and `through(x)`, which lets gradient pass to x but never
     to a parameter."""
 
-    offers: ClassVar[frozenset[str]] = frozenset({"teacher_model", "teacher_gradient"})
+    offers: frozenset[str] = frozenset({"teacher_model", "teacher_gradient"})
 
     @abstractmethod
     def __call__(self, batch: Batch) -> Seen:
@@ -314,7 +314,7 @@ class Peer(Teacher):
     example as this learner's own view shows it; whoever asks may see another, and nothing of it moves.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset()
+    offers = frozenset[str]()
 
     def __init__(
         self,
@@ -362,8 +362,6 @@ class Ensemble(Teacher):
     Probabilities are mixed, never logits: a confident teacher's large logits would drown the others.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset({"teacher_gradient"})
-
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float] | None = None) -> None:
         if not teachers:
             raise Refused("An ensemble of no teachers was asked for; give it at least one.")
@@ -374,6 +372,7 @@ class Ensemble(Teacher):
                 "for each, not all 0."
             )
         self.teachers = tuple(teachers)
+        self.offers = frozenset({"teacher_gradient"}).intersection(*(one.offers for one in teachers))
         self.weights = [w / sum(weights) for w in weights]
 
     def __call__(self, batch: Batch) -> Seen:

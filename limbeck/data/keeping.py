@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -54,7 +54,7 @@ class Keeping(Teacher):
     answers.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset()
+    offers = frozenset[str]()
 
     def __init__(self, teacher: Teacher, loader: Loader, place: Path | None, called: str = "teacher") -> None:
         self.teacher, self.loader, self.place, self.called = teacher, loader, place, called

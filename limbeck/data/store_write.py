@@ -104,14 +104,24 @@ def write(
 def refuse_full(folder: Path, header: Header, epochs: Sequence[int]) -> None:
     """Refuse to take more than half of what is free on the disk."""
     ahead = [epoch for epoch in epochs if not (folder / f"{epoch:06d}.bin").exists()]
-    need, near = len(ahead) * header.shard_bytes, folder.absolute()
-    near = next(place for place in (near, *near.parents) if place.exists())
+    refuse_more(
+        "The store",
+        len(ahead) * header.shard_bytes,
+        folder,
+        f"store fewer epochs than {len(ahead)}, keep less of an answer than {header.record.itemsize} bytes "
+        "(kind = 'top'), or name a folder on another disk",
+    )
+
+
+def refuse_more(what: str, need: int, place: Path, instead: str) -> None:
+    """Refuse bytes that are more than half of what is free at a place."""
+    near = place.absolute()
+    near = next(here for here in (near, *near.parents) if here.exists())
     free = shutil.disk_usage(near).free
     if need > free / 2:
         raise Refused(
-            f"The store would take {need / 1e9:,.3g} GB of the {free / 1e9:,.3g} GB that are free at {near}, "
-            f"more than half; store fewer epochs than {len(ahead)}, keep less of an answer than "
-            f"{header.record.itemsize} bytes (kind = 'top'), or name a folder on another disk."
+            f"{what} would take {need / 1e9:,.3g} GB of the {free / 1e9:,.3g} GB that are free at {near}, "
+            f"more than half; {instead}."
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -27,7 +27,7 @@ class Stored(Teacher):
             teacher has then seen other views than the student.
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset()
+    offers = frozenset[str]()
 
     def __init__(self, store: Store | str | Path, *, epochs: str = "exact", called: str = "teacher") -> None:
         self.store = store if isinstance(store, Store) else Store(store)

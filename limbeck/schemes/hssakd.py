@@ -36,7 +36,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -89,7 +89,7 @@ class Said(Teacher):
     """What a teacher says at one of its branches; the scheme passes it on, so that the teacher is asked
     once."""
 
-    offers: ClassVar[frozenset[str]] = frozenset()
+    offers = frozenset[str]()
 
     def __init__(self, teacher: Teacher, tap: str, example: Batch) -> None:
         self.teacher, self.tap, self.example = teacher, tap, example

@@ -510,6 +510,25 @@ def test_who_listens_further_down_is_heard() -> None:
     assert len(heard) == 1
 
 
+def test_who_is_called_inside_another_does_not_take_its_stop_for_its_own() -> None:
+    inner = Stages()
+    within = Tapped(inner)
+    within.look(("two",))
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> object:
+            return within(x).at["two"]
+
+    whole = Tapped(Asks(), {"first": "inner.one"})
+    whole.look(("first",))
+    assert whole.until_seen(ROWS.x).out is None
+    assert list(whole.until_seen(ROWS.x).at) == ["first"] and within(ROWS.x).out is not None
+
+
 def test_stopping_has_a_switch_and_needs_a_tap() -> None:
     assert teacher(Stages(), ("one",), stop=False).at_taps(ROWS).out.shape == (5, 4)
     assert teacher(Stages()).at_taps(ROWS).out.shape == (5, 4)

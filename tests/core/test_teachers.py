@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from limbeck.core.batch import Batch
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Seen
-from limbeck.core.teachers import Ensemble, Frozen, MeanOf, Teacher
+from limbeck.core.teachers import Ensemble, Frozen, MeanOf, Peer, Teacher
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -310,6 +310,11 @@ def test_an_ensemble_refuses_taps_and_offers_no_model() -> None:
     with pytest.raises(Refused, match=r"no tap 'pooled'.*`teachers`"):
         ensemble.look(["pooled"])
     assert ensemble.offers == {"teacher_gradient"}
+
+
+def test_an_ensemble_passes_no_more_gradient_than_each_of_its_teachers() -> None:
+    deaf = Peer(net(), BATCH)
+    assert not Ensemble([Frozen(net()), deaf]).offers and not Ensemble([Ensemble([deaf])]).offers
 
 
 @pytest.mark.parametrize(
