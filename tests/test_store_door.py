@@ -146,6 +146,15 @@ def test_the_arms_of_a_board_ask_the_teacher_once(tmp_path: Path, monkeypatch: p
     assert how["control"] == [] and how["kd"][0].startswith("stored as it answers, 20 bytes a sample; live")
 
 
+def test_a_store_that_lacks_what_batches_left_over_is_not_reused(tmp_path: Path) -> None:
+    trained(AUTO, [LEARNS], tmp_path / "first", stores=tmp_path / "stores")
+    (store,) = (tmp_path / "stores").iterdir()
+    with pytest.raises(Refused, match=r"lacks 105 of 1257 samples in epoch 0.*`limbeck store write`"):
+        trained(kept(store, epochs="cycle"), [LEARNS], tmp_path / "again", seed=3)
+    assert not (tmp_path / "again").exists()
+    trained(kept(store), [LEARNS], tmp_path / "same")
+
+
 def test_arms_of_other_lessons_each_take_their_own(tmp_path: Path) -> None:
     plan = recipe.parse({"data": "digits", "models": AUTO, "stages": [TAUGHT, LEARNS]})
     arms = {"kd": {}, "dkd": {"terms": ["dkd"]}, "moved": {"augment": ["crop"]}}

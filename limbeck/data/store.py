@@ -141,6 +141,10 @@ class Store:
                 )
         return records.take(index)
 
+    def lacking(self, epoch: int) -> int:
+        """How many samples have no answer in a finished epoch."""
+        return int(self.header.samples - _note(self.folder / f"{epoch:06d}.json")["present"])
+
     def read(
         self, epoch: int, index: Int[Tensor, " b"], names: Sequence[str] = ("out",)
     ) -> dict[str, Tensor]:

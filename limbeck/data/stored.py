@@ -39,6 +39,13 @@ class Stored(Teacher):
             raise Refused(f"A stored teacher's epochs are '{epochs}', expected 'exact' or 'cycle'.")
         if not self._epochs:
             raise Refused(f"{self.store.folder} holds no finished epoch; write one first.")
+        for epoch in () if self.exact else self._epochs:
+            if lacking := self.store.lacking(epoch):
+                raise Refused(
+                    f"{self.store.folder} lacks {lacking} of {self.store.header.samples} samples in epoch "
+                    f"{epoch}, which its batches left over, and a lesson that reuses epochs may show any; "
+                    "write a store with `limbeck store write`, which asks for all."
+                )
 
     # A compiler cannot follow a look into a file.
     @torch.compiler.disable
