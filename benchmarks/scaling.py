@@ -95,7 +95,7 @@ def _traced(arm: Callable[[], object]) -> float:
 
 
 def measure(rounds: int, quick: bool) -> dict[str, Curve]:
-    classes = (10, 100) if quick else (100, 1000, 10_000, 20_000)
+    classes = (10, 100) if quick else (100, 1000, 10_000, 40_000, 80_000)
     rows = (4, 8) if quick else (8, 16, 32, 64)
     taps = (1, 2) if quick else (1, 2, 4, 8, 16)
     samples = (5000, 10_000) if quick else (10_000, 50_000, 250_000, 1_000_000)
