@@ -1,8 +1,9 @@
-"""Where the time of a step goes: `python -m benchmarks.breakdown`, a minute; `--quick` to see that it runs.
+"""Where a step's time goes: `python -m benchmarks.breakdown`, two minutes; `--quick` to see that it runs.
 
 A step of KD, resnet32x4 to resnet8x4, a batch of 64 images of 32 x 32 on one thread of a CPU: what its parts
 take, under a live teacher by the shorter ways and by the plain one, the student in either layout; then which
-operators the whole step spends its time in. CPU time, medians of rounds.
+operators the whole step spends its time in. Then what choices behind it are worth by themselves: forward and
+backward of networks in `channels_last`, and a product with CRD's bank. CPU time, medians of rounds.
 """
 
 import argparse
@@ -10,17 +11,26 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
+from torch import nn
 
-from benchmarks.speed import FULL, QUICK, Scene
+from benchmarks.speed import FULL, QUICK, Scene, race
 from limbeck.core.distiller import Distiller
+from limbeck.core.keyed import generator
 from limbeck.core.teachers import Frozen
 from limbeck.knowledge.response.kd import KD
+from limbeck.pieces.similarity import products
 
 PARTS = ("student", "teacher", "losses", "backward", "optimiser")
 OPERATORS = 8
+NETWORKS = (
+    *("resnet20", "resnet8x4", "resnet32x4", "wrn_16_2", "vgg8", "vgg13"),
+    *("mobilenetv2_half", "shufflenet_v1", "shufflenet_v2", "tiny_vit_32"),
+)
 
 
 def step(scene: Scene, plain: bool) -> Callable[[], dict[str, float]]:
@@ -69,6 +79,25 @@ def operators(scene: Scene) -> list[tuple[str, int, float]]:
     return [(event.key, event.count, event.self_cpu_time_total / 1e3) for event in events]
 
 
+def layouts(name: str, scene: Scene, rounds: int) -> list[float]:
+    """Milliseconds that a network's forward and backward take in `channels_last` and in the usual layout."""
+    net, batch = scene.net(name), scene.batch()
+    shown = [batch.x.contiguous(memory_format=torch.channels_last), batch.x]
+
+    def learn(x: torch.Tensor) -> None:
+        nn.functional.cross_entropy(net(x), batch.y).backward()
+
+    return [1e3 * statistics.median(each) for each in race([partial(learn, x) for x in shown], rounds)]
+
+
+def bank(scene: Scene, rounds: int) -> list[float]:
+    """Milliseconds of a bank's products with the rows of a batch: ours, and as a matrix product."""
+    draw = generator("a bank")
+    vectors, rows = (torch.randn(n, 128, generator=draw) for n in (scene.samples, scene.rows))
+    ways = (lambda: products(vectors, rows), lambda: vectors @ rows.T)
+    return [1e3 * statistics.median(each) for each in race(ways, rounds)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--quick", action="store_true", help="small networks")
@@ -89,6 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name, calls, ms in spent[:OPERATORS]:
         print(f"{name[:40]:40} {calls:6} {ms:9.1f} {ms / total:7.1%}")
     print(f"{'all others':40} {'':6} {sum(ms for _, _, ms in spent[OPERATORS:]):9.1f}")
+
+    print(f"\n{'ms':34}   limbeck     plain   ratio")
+    choices = {
+        f"{name}, in channels_last": layouts(name, replace(scene, rows=32), rounds) for name in NETWORKS
+    }
+    for name, (ours, plain) in {**choices, "products with a bank": bank(scene, rounds)}.items():
+        print(f"{name:34} {ours:9.1f} {plain:9.1f} {ours / plain:7.2f}")
     return 0
 
 
