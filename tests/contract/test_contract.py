@@ -162,11 +162,20 @@ def case(
     dropout: float = 0.0,
     term: Callable[[Method], Term] = Term,
     task: TaskLoss | None = labelled_cross_entropy,
+    channels_last: bool = True,
 ) -> Case:
     """A student, a teacher and what `make` makes between them. Only the teacher does not depend on `seed`."""
     s, t = pair or fitting(make)
     method, student, teacher, loader = make(), net(s, seed + 1, dropout), net(t, dropout=0.5), data()
-    distiller = Distiller(student, teacher, term(method), example=loader.at(0), task=task, seed=seed)
+    distiller = Distiller(
+        student,
+        teacher,
+        term(method),
+        example=loader.at(0),
+        task=task,
+        channels_last=channels_last,
+        seed=seed,
+    )
     return Case(method, student, teacher, distiller, loader)
 
 
@@ -296,11 +305,18 @@ def check_teacher_stays_as_it_is(make: Make) -> None:
 
 
 def check_weight_zero_is_plain_training(make: Make) -> None:
-    """Not built at weight 0; and built, but with a ramp that stands at 0, the student does not notice it."""
+    """Not built at weight 0; and built, but with a ramp that stands at 0, the student does not notice it. (In
+    the usual layout: a gradient of zeros may lie otherwise, and what follows is then rounded otherwise.)"""
     student, loader = net(fitting(make)[0], 1, dropout=0.3), data()
-    plain = Case(make(), student, student, Distiller(student, None, [], example=loader.at(0)), loader)
-    unbuilt = case(make, dropout=0.3, term=lambda method: Term(method, weight=0.0))
-    asleep = case(make, dropout=0.3, term=lambda method: Term(method, ramp=Ramp(1, after=100)))
+    alone = Distiller(student, None, [], example=loader.at(0), channels_last=False)
+    plain = Case(make(), student, student, alone, loader)
+    asleep, unbuilt = (
+        case(make, dropout=0.3, term=term, channels_last=False)
+        for term in (
+            lambda method: Term(method, ramp=Ramp(1, after=100)),
+            lambda method: Term(method, weight=0.0),
+        )
+    )
     for c in (plain, unbuilt, asleep):
         c.train()
     assert _same(unbuilt.student.state_dict(), student.state_dict()), "weight 0 is not plain training"
