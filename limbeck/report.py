@@ -279,12 +279,18 @@ def _asking(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
+WAYS = {
+    "compiled": "under torch.compile",
+    "channels_last": "in channels_last, the layout that suits convolutions on a CPU",
+}
+
+
 def _learned(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """By which ways networks learned, and the arms that went so."""
+    """By which ways networks learned, in words, and the arms that went so."""
     arms: dict[str, list[str]] = {}
     for arm in result["arms"]:
         for way in arm["learned"]:
-            arms.setdefault(way, []).append(arm["name"])
+            arms.setdefault(_and([WAYS[one] for one in way.split(", ")]), []).append(arm["name"])
     every = len([arm for arm in result["arms"] if arm["curves"]])
     return [(way, "all arms" if len(names) == every else _and(names)) for way, names in arms.items()]
 

@@ -531,9 +531,10 @@ def test_it_says_by_which_way_networks_learned(tmp_path: Path) -> None:
     result = board({"kd": HELPS, "at": UNSURE})
     last = "Learned in channels_last, the layout that suits convolutions on a CPU: "
     assert last + "all arms." in page(tmp_path, result).text
-    result["arms"][1]["learned"], result["arms"][0]["learned"] = ["compiled"], []
+    result["arms"][1]["learned"], result["arms"][0]["learned"] = ["compiled, channels_last"], ["compiled"]
     text = page(tmp_path, result).text
-    assert last + "at." in text and "Learned under torch.compile: kd." in text
+    assert last + "at." in text and "Learned under torch.compile: control." in text
+    assert "Learned under torch.compile and in channels_last, the layout" in text
 
 
 def test_chosen_layers_and_reconstructions_are_shown(tmp_path: Path) -> None:
