@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+ONEDNN = torch.backends.mkldnn.is_available()
 MANY = 4096
 """Vectors of a bank from which on the way of a product matters."""
 
@@ -88,7 +89,7 @@ def _as_maps(bank: Float[Tensor, "n d"]) -> Float[Tensor, "maps d h w"] | None:
     """The bank as maps in `channels_last`, for whom a product is a convolution with 1x1 kernels, where that
     is the faster way: in float32 on a CPU torch gives convolutions of 16 maps or more to oneDNN and matrix
     products to MKL, which took two to three times as long on an AMD EPYC. None elsewhere."""
-    if bank.device.type != "cpu" or bank.dtype != torch.float32 or len(bank) < MANY:
+    if not ONEDNN or bank.device.type != "cpu" or bank.dtype != torch.float32 or len(bank) < MANY:
         return None
     maps = next((n for n in range(16, 1000) if len(bank) % n == 0), None)
     if maps is None:
