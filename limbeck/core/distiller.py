@@ -14,7 +14,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from limbeck.core.batch import Batch, Lesson, View
 from limbeck.core.fast import APART, agree, learns_last
 from limbeck.core.keyed import forked
 from limbeck.core.method import Method
-from limbeck.core.refused import Refused
+from limbeck.core.refused import Refused, said
 from limbeck.core.scheme import Term, Turn, to_work
 from limbeck.core.taps import Seen, Tapped, lying, unmoved
 from limbeck.core.task import Task, labelled_cross_entropy
@@ -142,7 +142,7 @@ class Distiller(nn.Module):
         if isinstance(task, Task):
             task.check(*sight.students[0])
         if self.task is not None:
-            with _said("The task", "be done with the example"):
+            with said("The task", "be done with the example"):
                 self.task(*sight.students[0])
         with unmoved(self.lenses):
             for use in self._uses:
@@ -330,18 +330,18 @@ class Distiller(nn.Module):
     def _dry_run(self, batch: Batch, channels_last: bool) -> Sight:
         """One eager look at the example, the student in train mode as it will be. Nothing of it stays."""
         to_work(self.student)
-        said = _said(f"The {self._tapped.called}", "be run on the example")
-        with unmoved(self.student), forked(self.seed, "dry run"), said:
+        runs = said(f"The {self._tapped.called}", "be run on the example")
+        with unmoved(self.student), forked(self.seed, "dry run"), runs:
             viewed = [batch if view is None else view(batch) for view in self._views]
             self._tapped.channels_last = channels_last and learns_last(self._tapped, viewed[0].x)
             students = [(_as_leaves(self._tapped.check(b.x)), b) for b in viewed]
-        with _said("The teacher", "be run on the example"):
+        with said("The teacher", "be run on the example"):
             return Sight(students, [teacher.check(batch) for teacher in self._teachers])
 
     def _build(self, use: _Use, sight: Sight, like: Tensor) -> None:
         """Make the method's modules, once what it is shown is what it can use, and try its losses."""
         method = self._method(use)
-        with _said(f"The lens of method '{use.name}'", "look at this pair"):
+        with said(f"The lens of method '{use.name}'", "look at this pair"):
             s, t, batch, factor = self._shown(use, sight)
         if isinstance(s.out, Tensor) and isinstance(t.out, Tensor):
             if len(s.out) != len(t.out):
@@ -359,7 +359,7 @@ class Distiller(nn.Module):
                 )
         here, there = _shapes(s, method.looks()), _shapes(t, method.teacher_looks())
         pair = f"compare this pair (the student shows {here}, the teacher {there})"
-        with _said(f"Method '{use.name}'", pair), forked(self.seed, "build", use.key):
+        with said(f"Method '{use.name}'", pair), forked(self.seed, "build", use.key):
             method.build(s, t, batch)
             method.to(like.device, like.dtype)
             with unmoved(method):
@@ -410,25 +410,6 @@ class ClassesDiffer(Refused):
             f"has {t}; {works if still else 'feature and relation methods still work'}; or say with "
             "`columns` which of the teacher's outputs scores each class."
         )
-
-
-@contextmanager
-def _said(who: str, what: str) -> Iterator[None]:
-    """What fails inside is said in one sentence: `who` cannot `what`, and torch's own first line."""
-    try:
-        yield
-    except Refused:
-        raise
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise Refused(f"{who} cannot {what}: {next(iter(str(error).splitlines()), repr(error))}") from error
 
 
 def _shapes(seen: Seen, taps: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.refused import Refused
+from limbeck.core.refused import Refused, said
 from limbeck.core.taps import unmoved
 
 STAGES = 4
@@ -162,21 +162,9 @@ def _look(model: nn.Module, x: Any) -> _Look:
     hooks = [listen(path, module) for path, module in model.named_modules() if path]
     try:
         model.eval()
-        with unmoved(model), torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
+        runs = said(f"A {type(model).__name__}", "be run on the example that its taps would be chosen by")
+        with runs, unmoved(model), torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
             answer = model(**x) if isinstance(x, Mapping) else model(x)
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise Refused(
-            f"A {type(model).__name__} cannot be run on the example that its taps would be chosen by: "
-            f"{next(iter(str(error).splitlines()), repr(error))}"
-        ) from error
     finally:
         for hook in hooks:
             hook.remove()
