@@ -130,9 +130,9 @@ def learns_last(tapped: Tapped, x: Any) -> bool:
     layout, and one that looks at how its tensors lie shows something else. Nothing of it moves, and no draw
     is used up."""
     modules, few = list(tapped.model.modules()), _few(x)
-    image = isinstance(few, Tensor) and few.ndim == 4 and few.device.type == "cpu"
-    image = image and torch.backends.mkldnn.is_available()  # whose convolutions these are
-    if not image or sum(isinstance(m, nn.Conv2d) for m in modules) < 2 or not _plain(modules):
+    images = [v for v in tree_leaves(few) if isinstance(v, Tensor) and v.ndim == 4 and v.device.type == "cpu"]
+    at_home = bool(images) and torch.backends.mkldnn.is_available()  # whose convolutions these are
+    if not at_home or sum(isinstance(m, nn.Conv2d) for m in modules) < 2 or not _plain(modules):
         return False
     twins = [_stand_in(tapped), _stand_in(tapped)]
     twins[1].channels_last = True

@@ -602,8 +602,17 @@ def test_one_that_shows_something_else_in_that_layout_keeps_its_own(between: nn.
 def test_what_has_nothing_to_gain_keeps_its_layout() -> None:
     assert not learns_last(Tapped(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())), BATCH.x)
     assert not learns_last(Tapped(net("vit_tiny")), BATCH.x)
-    assert not learns_last(Tapped(learner()), {"pixels": BATCH.x})
+    assert not learns_last(Tapped(learner()), {"input": BATCH.x.flatten(1)})
     assert not learns_last(Tapped(learner()), BATCH.x.to("meta"))
+
+
+def test_images_may_be_named() -> None:
+    assert learns_last(Tapped(learner()), {"input": BATCH.x})
+    tapped = Tapped(learner())
+    tapped.channels_last = True
+    tapped.look(("1",))
+    lies = tapped({"input": BATCH.x}).at["1"]
+    assert lies.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_learner_that_others_listen_to_keeps_its_layout() -> None:
