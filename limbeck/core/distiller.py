@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,12 +105,12 @@ class Distiller(nn.Module):
         self.seed = seed
         self.asking = 0.0
         """Seconds spent on asking the teachers; on an accelerator, which works on by itself, too few."""
-        self._tapped = Tapped(student, taps, called)
+        self._tapped, self._plain = Tapped(student, taps, called), Tapped(student, taps, called)
         self._views: list[View | None] = [view]
         self._teachers: list[Teacher] = []
         self._uses: list[_Use] = []
         self._lies_last: set[str] = set()
-        """Methods that are shown maps in `channels_last`."""
+        """Who is shown maps in `channels_last`: methods, and `task`."""
 
         only = Frozen(teacher) if isinstance(teacher, nn.Module) else teacher
         for item in methods if isinstance(methods, Sequence) else [methods]:
@@ -140,13 +141,15 @@ class Distiller(nn.Module):
         batch = (example if isinstance(example, Batch) else Batch(example[0], example[1])).to(like.device)
         sight = self._dry_run(batch, channels_last)
         if isinstance(task, Task):
-            task.check(*sight.students[0])
+            task.check(*self._for_task(sight))
         if self.task is not None:
             with said("The task", "be done with the example"):
-                self.task(*sight.students[0])
+                self.task(*self._for_task(sight))
+            self._lay("task", sight, 0, lambda: [self._task_loss(sight)])
         with unmoved(self.lenses):
             for use in self._uses:
                 self._build(use, sight, like)
+                self._lay(use.key, sight, use.view, partial(self._tried, use, sight))
         self._judged = next((use.name for use in self._uses if self._method(use).rivals()), None)
 
     # --- one batch ---
@@ -156,7 +159,7 @@ class Distiller(nn.Module):
     ) -> Any:
         batch = x if isinstance(x, Batch) else Batch(x, y, index, lesson or Lesson())
         if not self.training:
-            return self._tapped(batch.x).out
+            return self._plain(batch.x).out
         if self._judged is not None:
             raise Refused(
                 f"Method '{self._judged}' brings a rival that learns against the student, so one sum of "
@@ -194,7 +197,7 @@ class Distiller(nn.Module):
         skips)."""
         losses: dict[str, Tensor] = {}
         if self.task is not None:
-            losses["task"] = self.task_weight * self.task(*sight.students[0])
+            losses["task"] = self.task_weight * self._task_loss(sight)
         for use in self._uses:
             s, t, batch, factor = self._shown(use, sight)
             weight = use.weight * (1.0 if use.term.ramp is None else use.term.ramp(batch.lesson))
@@ -239,9 +242,24 @@ class Distiller(nn.Module):
     def teachers(self) -> tuple[Teacher, ...]:
         return tuple(self._teachers)
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether the student computes in that layout."""
+        return self._tapped.channels_last
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What was found out about layouts at construction. A resumed lesson is given what was found then: by
+        the weights of its example it might be found otherwise."""
+        return {"student": self.channels_last, "lies_last": sorted(self._lies_last)}
+
+    @layout.setter
+    def layout(self, found: Mapping[str, Any]) -> None:
+        self._tapped.channels_last, self._lies_last = found["student"], set(found["lies_last"])
+
     def how(self) -> str:
         """By which way the student learns, in words; none for the usual one."""
-        ways = {"compiled": _TRACED[0] in vars(self), "channels_last": self._tapped.channels_last}
+        ways = {"compiled": _TRACED[0] in vars(self), "channels_last": self.channels_last}
         return ", ".join(name for name, taken in ways.items() if taken)
 
     def refuse_cut(self) -> str | None:
@@ -320,12 +338,20 @@ class Distiller(nn.Module):
         s, batch = sight.students[use.view]
         t = _paired(sight.teachers[use.teacher], use.term.pairs)
         last = use.key in self._lies_last
-        s, t = lying(s, last), lying(t, last)
+        s, t = lying(s, last) if self.channels_last else s, lying(t, last)
         factor: float | Tensor = 1.0
         for lens in use.term.through:
             s, t, more = lens(s, t)
             factor = factor * more
         return s, t, batch, factor
+
+    def _for_task(self, sight: Sight) -> tuple[Seen, Batch]:
+        seen, batch = sight.students[0]
+        return lying(seen, "task" in self._lies_last) if self.channels_last else seen, batch
+
+    def _task_loss(self, sight: Sight) -> Tensor:
+        assert self.task is not None
+        return self.task(*self._for_task(sight))
 
     def _dry_run(self, batch: Batch, channels_last: bool) -> Sight:
         """One eager look at the example, the student in train mode as it will be. Nothing of it stays."""
@@ -333,7 +359,8 @@ class Distiller(nn.Module):
         runs = said(f"The {self._tapped.called}", "be run on the example")
         with unmoved(self.student), forked(self.seed, "dry run"), runs:
             viewed = [batch if view is None else view(batch) for view in self._views]
-            self._tapped.channels_last = channels_last and learns_last(self._tapped, viewed[0].x)
+            each = (learns_last(self._tapped, b.x) for b in viewed)
+            self._tapped.channels_last = channels_last and all(each)
             students = [(_as_leaves(self._tapped.check(b.x)), b) for b in viewed]
         with said("The teacher", "be run on the example"):
             return Sight(students, [teacher.check(batch) for teacher in self._teachers])
@@ -376,17 +403,17 @@ class Distiller(nn.Module):
                     )
                 for rival in method.rivals():
                     method.rival_loss(rival, s.detach(), t.detach(), batch)
-        if self._tapped.channels_last and any(v.ndim == 4 for v in s.at.values()):
-            self._lay(use, sight)
 
-    def _lay(self, use: _Use, sight: Sight) -> None:
-        """Show the method maps in `channels_last` if its losses and their gradients do not change by it."""
+    def _lay(self, who: str, sight: Sight, view: int, tried: Callable[[], list[Tensor]]) -> None:
+        """Show somebody maps in `channels_last` if what they make of them does not change by it."""
+        if not self.channels_last or all(v.ndim != 4 for v in sight.students[view][0].at.values()):
+            return
         with suppress(Exception):  # it counts on the usual layout, as `view` does
-            usual = self._tried(use, sight)
-            self._lies_last.add(use.key)
-            if agree(usual, self._tried(use, sight), APART):
+            usual = tried()
+            self._lies_last.add(who)
+            if agree(usual, tried(), APART):
                 return
-        self._lies_last.discard(use.key)
+        self._lies_last.discard(who)
 
     def _tried(self, use: _Use, sight: Sight) -> list[Tensor]:
         """Every loss of a method, and the gradients of the first in what the student showed."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from limbeck.core.keyed import forked
 from limbeck.core.taps import Seen, Tapped, ours
@@ -126,23 +126,44 @@ def shortcut(tapped: Tapped, x: Any, *, fold: bool = True, channels_last: bool =
 
 def learns_last(tapped: Tapped, x: Any) -> bool:
     """Whether a learner on a CPU shows the same in `channels_last`, to rounding, on the first rows of x: its
-    convolutions then learn sooner. One that draws for each place of a map draws something else in that
-    layout, and one that looks at how its tensors lie shows something else. Nothing of it moves, and no draw
-    is used up."""
+    convolutions then learn sooner. One that draws for each place of a map would draw something else in that
+    layout, one that looks at how its tensors lie shows something else, and one that changes what it is given
+    may change a copy. (For images of one channel both layouts are one.) Nothing of it moves, and no draw is
+    used up."""
     modules, few = list(tapped.model.modules()), _few(x)
     images = [v for v in tree_leaves(few) if isinstance(v, Tensor) and v.ndim == 4 and v.device.type == "cpu"]
-    at_home = bool(images) and torch.backends.mkldnn.is_available()  # whose convolutions these are
+    at_home = any(v.shape[1] > 1 for v in images) and torch.backends.mkldnn.is_available()
     if not at_home or sum(isinstance(m, nn.Conv2d) for m in modules) < 2 or not _plain(modules):
         return False
-    twins = [_stand_in(tapped), _stand_in(tapped)]
-    twins[1].channels_last = True
+    shown = []
     try:
-        with torch.no_grad(), forked("learns last"):
-            usual = twins[0](few)
-        with torch.no_grad(), forked("learns last"):
-            return _same(usual, twins[1](few), APART)
+        for channels_last in (False, True):
+            twin, given, draws = _stand_in(tapped), tree_map(torch.clone, few), _Draws()
+            twin.channels_last = channels_last
+            full = torch.autocast("cpu", enabled=False)
+            with full, torch.no_grad(), forked("learns last"), draws:
+                shown.append(twin(given))
+            pairs = zip(tree_leaves(given), tree_leaves(few), strict=True)
+            if draws.on_maps or not all(torch.equal(a, b) for a, b in pairs):
+                return False
+        return _same(shown[0], shown[1], APART)
     except Exception:  # the usual way says what is wrong, if it is not the layout
         return False
+
+
+class _Draws(TorchDispatchMode):
+    """Whether something is drawn for each place of a map, whatever it is worth as the weights are now."""
+
+    on_maps = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            maps = (v for v in tree_leaves(out) if isinstance(v, Tensor) and v.ndim == 4)
+            self.on_maps |= any(v.shape[2] * v.shape[3] > 1 for v in maps)
+        return out
 
 
 def _watched(tapped: Tapped, x: Any) -> tuple[Seen, Folds] | None:

@@ -150,6 +150,7 @@ class Scheme(ABC):
             "modules": {name: module.state_dict() for name, module in self.modules().items()},
             "teachers": [teacher.state_dict() for teacher in self.teachers()],
             "mean": None if self.mean is None else self.mean.state_dict(),
+            "layouts": {n: m.layout for n, m in self.modules().items() if hasattr(m, "layout")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -159,6 +160,8 @@ class Scheme(ABC):
             teacher.load_state_dict(its)
         if self.mean is not None:
             self.mean.load_state_dict(state["mean"])
+        for name, found in state["layouts"].items():
+            self.modules()[name].layout = found
 
 
 def to_work(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from limbeck.core.refused import Refused
 
@@ -106,8 +107,8 @@ class Tapped:
         finally:
             self._ear.open = False
             self._ear.caught = {}
-        if self.channels_last and isinstance(out, Tensor):
-            out = out.contiguous()
+        if self.channels_last:
+            out = tree_map(usual, out)
         if len(at) < len(self.names):
             missing = next(n for n in self.names if n not in at)
             raise Refused(
@@ -187,10 +188,14 @@ def laid(x: Any) -> Any:
     return x.contiguous(memory_format=torch.channels_last) if image else x
 
 
+def usual(v: Any) -> Any:
+    """A tensor in the usual layout, on which `view` counts; anything else as it is."""
+    return v.contiguous() if isinstance(v, Tensor) else v
+
+
 def lying(seen: Seen, channels_last: bool) -> Seen:
-    """The same with every map (b c h w) in that layout, or in the usual one."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    at = {k: v.contiguous(memory_format=layout) if v.ndim == 4 else v for k, v in seen.at.items()}
+    """The same with every map (b c h w) in that layout, and all else in the usual one."""
+    at = {k: laid(v) if channels_last and v.ndim == 4 else usual(v) for k, v in seen.at.items()}
     return replace(seen, at=at)
 
 

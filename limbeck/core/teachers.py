@@ -4,19 +4,20 @@ included."""
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from limbeck.core.batch import Batch, View
 from limbeck.core.fast import Fast, shortcut, unhooked
 from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
-from limbeck.core.taps import Seen, Tapped, laid, unmoved
+from limbeck.core.taps import Seen, Tapped, laid, unmoved, usual
 
 
 class Teacher(ABC):
@@ -127,7 +128,7 @@ class Frozen(Teacher):
     def check(self, batch: Batch) -> Seen:
         shown = batch if self.view is None else self.view(batch)
         with torch.no_grad():
-            return self._answer(shown.x, self._in_parts(self._checked))
+            return self._answer(shown.x, self._checked_in_parts)
 
     def look(self, names: Iterable[str]) -> None:
         self.fast, self._sought = None, False
@@ -153,12 +154,20 @@ class Frozen(Teacher):
             return ask
 
         def each(x: Any) -> Seen:
-            if isinstance(x, Mapping):
-                cut = zip(*(v.split(rows) for v in x.values()), strict=True)
-                return self._together([ask(dict(zip(x, part, strict=True))) for part in cut])
-            return self._together([ask(part) for part in x.split(rows)])
+            return self._together([ask(part) for part in _cut(x, rows)])
 
         return each
+
+    def _refuse_rowless(self, x: Any) -> None:
+        """A tap that one row and two do not change in its first axis alone could not be put together."""
+        one, two = (self.tapped(next(_cut(x, rows))).at for rows in (1, 2))
+        several = len(one) and tree_leaves(x)[0].shape[0] > 1
+        for name in one if several else ():
+            if (one[name].shape[0], two[name].shape[0]) != (1, 2):
+                raise Refused(
+                    f"Tap '{name}' of the {self.tapped.called} has {two[name].shape[0]} entries for 2 rows, "
+                    "and who answers a few rows at a time must show one for each; leave `batch` out."
+                )
 
     def _together(self, parts: Sequence[Seen]) -> Seen:
         first, outs = parts[0], [part.out for part in parts]
@@ -175,16 +184,23 @@ class Frozen(Teacher):
     def _run(self, x: Any, until_seen: bool) -> Seen:
         if torch.compiler.is_compiling():  # it cannot see whether the weights have changed
             x = laid(x) if self.fast is not None and self.fast.channels_last else x
-            return self.tapped.until_seen(x) if until_seen else self.tapped(x)
+            seen = self.tapped.until_seen(x) if until_seen else self.tapped(x)
+            return replace(seen, out=usual(seen.out))
         if not self._sought:
             self._seek(x)
         if self.fast is not None:
             return self.fast(x, until_seen)
         return self.tapped.until_seen(x) if until_seen and unhooked(self._modules) else self.tapped(x)
 
+    def _checked_in_parts(self, x: Any) -> Seen:
+        if self.batch is not None:
+            self._refuse_rowless(x)
+        return self._in_parts(self._checked)(x)
+
     def _checked(self, x: Any) -> Seen:
         seen = self.tapped.check(x)
-        self._seek(x)  # on the example, so that a resumed run goes the same way
+        if self.batch is None or not self._sought:
+            self._seek(x)  # on the example, so that a resumed run goes the same way
         return seen
 
     def _seek(self, x: Any) -> None:
@@ -417,6 +433,15 @@ class Ensemble(Teacher):
         logs = torch.stack([a.out.log_softmax(1) for a in answers])
         weights = torch.tensor(self.weights, dtype=logs.dtype, device=logs.device)
         return Seen(torch.logsumexp(logs + weights.log().view(-1, *[1] * (logs.ndim - 1)), 0))
+
+
+def _cut(x: Any, rows: int) -> Iterator[Any]:
+    """The inputs of so many rows at a time."""
+    if isinstance(x, Mapping):
+        for part in zip(*(v.split(rows) for v in x.values()), strict=True):
+            yield dict(zip(x, part, strict=True))
+    else:
+        yield from x.split(rows)
 
 
 def each_once(teachers: Iterable[Teacher]) -> tuple[Teacher, ...]:

@@ -37,7 +37,7 @@ from limbeck.core.distiller import Distiller
 from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Turn
-from limbeck.core.taps import Seen, Tapped, unmoved
+from limbeck.core.taps import Seen, Tapped, lying, unmoved
 from limbeck.core.teachers import Peer, Teacher, each_once
 from limbeck.pieces.branch import Branch, pool, stages
 
@@ -78,7 +78,15 @@ class Branches(Scheme):
                     width = pool(tail(shown.at[stage])).shape[1]
                 branch = Branch(tail, width, classes, names[-1]).to(shown.out)
             example = itself.example.replace(x=shown.at[stage])
-            alone = Cast({stage: branch}, example, own, cast.task, branch_task, seed=cast.seed)
+            alone = Cast(
+                {stage: branch},
+                example,
+                own,
+                cast.task,
+                branch_task,
+                channels_last={stage: cast.channels_last.get(name, True)},
+                seed=cast.seed,
+            )
             branches[stage] = alone.distiller(stage)
         return cls(lesson, branches, itself)
 
@@ -88,7 +96,7 @@ class Branches(Scheme):
         self.itself.told(whole)
         sights = {"": self.network.ask(batch, shown)}
         for stage, branch in self.branches.items():
-            sights[f"{stage}."] = branch.see(viewed.replace(x=whole.at[stage]))
+            sights[f"{stage}."] = branch.see(viewed.replace(x=lying(whole, branch.channels_last).at[stage]))
         for where, lesson in self._lessons():
             for rival, loss in lesson.rival_losses(sights[where]):
                 yield where + rival, {where + rival: loss}

@@ -48,7 +48,7 @@ from limbeck.core.distiller import Distiller, Sight
 from limbeck.core.keyed import forked
 from limbeck.core.refused import Refused
 from limbeck.core.scheme import Scheme, Term, Turn
-from limbeck.core.taps import Seen, Tapped, unmoved
+from limbeck.core.taps import Seen, Tapped, lying, unmoved
 from limbeck.core.task import labelled_cross_entropy
 from limbeck.core.teachers import Peer, Teacher, each_once
 from limbeck.pieces.branch import Branch, Joint, grown, joint
@@ -126,8 +126,9 @@ class Learner:
     def show(self, batch: Batch, ways: int) -> Shown:
         shown = {"": self.lessons[""].show(batch)}
         whole, viewed = shown[""][0]
-        for stage in list(self.lessons)[1:]:
-            shown[stage] = self.lessons[stage].show(at_branch(viewed, whole.at[stage], ways))
+        for stage, lesson in list(self.lessons.items())[1:]:
+            x = lying(whole, lesson.channels_last).at[stage]
+            shown[stage] = lesson.show(at_branch(viewed, x, ways))
         return shown
 
     def tell(self, shown: Shown) -> None:
@@ -215,6 +216,7 @@ class HSSAKD(Scheme):
                     taught,
                     labelled_cross_entropy if branch_task else None,
                     branch_task,
+                    channels_last={stage: cast.channels_last.get(name, True)},
                     seed=cast.seed,
                 ).distiller(stage)
             learners[name] = Learner(lessons, mine, cast.learners[name])

@@ -169,7 +169,8 @@ def test_it_may_answer_few_rows_at_a_time(rows: int) -> None:
     for ask in (Frozen.__call__, Frozen.at_taps, Frozen.check):
         inside.clear()
         found, expected = ask(teacher, BATCH), ask(whole, BATCH)
-        assert sum(inside) == BATCH.rows and max(inside) == min(rows, BATCH.rows)
+        asked = inside[2:] if ask is Frozen.check else inside  # which asks one row, then two, before
+        assert sum(asked) == BATCH.rows and max(asked) == min(rows, BATCH.rows)
         torch.testing.assert_close(found.at["hidden"], expected.at["hidden"])
         if expected.out is not None:
             torch.testing.assert_close(found.out, expected.out)
@@ -193,6 +194,27 @@ def test_inputs_by_name_and_their_mask_are_cut_too() -> None:
     x = {"input_ids": torch.arange(12).view(4, 3), "attention_mask": torch.tensor([[1, 1, 0]] * 4)}
     one, few = (Frozen(Tokens(), batch=rows)(Batch(x)) for rows in (None, 3))
     assert torch.equal(one.out, few.out) and torch.equal(one.mask, few.mask) and len(few.mask) == 4
+
+
+class Upended(nn.Module):
+    """Its tap has the tokens first, or no row at all."""
+
+    def __init__(self, rowless: bool) -> None:
+        super().__init__()
+        self.tokens, self.rowless = nn.Identity(), rowless
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tokens(x.new_ones(3, 3) if self.rowless else x.T)
+        return x
+
+
+@pytest.mark.parametrize("rowless", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_tap_without_a_row_for_each_is_refused(rows: int, rowless: bool) -> None:
+    teacher = Frozen(Upended(rowless), batch=rows)
+    teacher.look(["tokens"])
+    with pytest.raises(Refused, match="Tap 'tokens' of the teacher has 3 entries for 2 rows"):
+        teacher.check(BATCH)
 
 
 def test_answers_that_cannot_be_put_together_and_no_rows_are_refused() -> None:

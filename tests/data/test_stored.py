@@ -26,13 +26,13 @@ CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
 def net(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    convolutions = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()
+    convolutions = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(144, 5))
 
 
 def data() -> Data:
     draw = torch.Generator().manual_seed(7)
-    x = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8, generator=draw)
+    x = torch.randint(0, 256, (50, 2, 8, 8), dtype=torch.uint8, generator=draw)
     return Data(x, torch.arange(50) % 5, CLASSES, 1 / 255, 0.5, 0.3)
 
 

@@ -146,7 +146,7 @@ class CRD(Method):
         assert batch.index is not None
         ways = ((here, self.bank_t, 0), (there, self.bank_s, 1))
         with torch.no_grad(), torch.autocast(here.device.type, enabled=False):
-            dealt = self._deal(batch.index, batch.lesson)
+            dealt = self._deal(batch.index, batch.lesson, here.dtype)
             losses, grads = zip(*(self._one_way(*way, dealt) for way in ways), strict=True)
         self._remember(batch.index, here, there)
         # Banks move in place, so autograd cannot keep them. What is added is 0, and has the gradient.
@@ -172,7 +172,7 @@ class CRD(Method):
         return torch.cat([index[:, None], negatives], 1), F.pad(times, (1, 0), value=1.0)
 
     def _deal(
-        self, index: Int[Tensor, " b"], lesson: Lesson
+        self, index: Int[Tensor, " b"], lesson: Lesson, dtype: torch.dtype
     ) -> list[tuple[Int[Tensor, "_ pairs"], Float[Tensor, "_ pairs"]]]:
         """As `pairs`, a few rows after the other: on a CPU as many as its cache can hold. A pair is said by
         its place among the scores (n b) of all samples with all rows, flattened."""
@@ -181,7 +181,7 @@ class CRD(Method):
         for first in range(0, len(index), rows if index.device.type == "cpu" else len(index)):
             pairs, times = self.pairs(some := index[first : first + rows], lesson)
             row = torch.arange(first, first + len(some), device=index.device)
-            dealt.append((pairs.mul_(len(index)).add_(row[:, None]), times))
+            dealt.append((pairs.mul_(len(index)).add_(row[:, None]), times.to(dtype)))
         return dealt
 
     def _one_way(
