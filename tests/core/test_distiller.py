@@ -655,3 +655,93 @@ def test_in_either_layout_it_learns_the_same() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(*steps, strict=True))  # it did go another way
     for a, b in zip(*steps, strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Dense(nn.Module):
+    """Maps as its answer, in a mapping; `flat` shows them as tokens."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.body, self.flat = cnn(4, seed)[:4], nn.Flatten(2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.body(x)
+        self.flat(maps)
+        return {"mask": maps}
+
+
+def test_answers_by_name_and_tokens_of_maps_are_shown_in_the_usual_layout() -> None:
+    def tokens(s: Seen, t: Seen) -> Tensor:
+        return F.mse_loss(flat(s.at["flat"]), flat(t.at["flat"]))
+
+    method = Says(tokens)
+    method.card = replace(method.card, taps=("flat",))  # type: ignore[misc]
+    distiller = Distiller(
+        Dense(1), Dense(2), method, example=IMAGES, task=lambda seen, batch: flat(seen.out["mask"]).mean()
+    )
+    assert distiller.how() == "channels_last"
+    assert set(distiller(IMAGES)) == {"task", "says", "loss", "logits"}
+
+
+@pytest.mark.parametrize(("see", "last"), [(lambda v: v, True), (lambda v: flat(v).view(v.shape), False)])
+def test_a_task_that_reads_a_map_is_asked_too(see: Callable[[Tensor], Tensor], last: bool) -> None:
+    lay = []
+
+    def task(seen: Seen, batch: Batch) -> Tensor:
+        lay.append(seen.at["2"].is_contiguous(memory_format=torch.channels_last))
+        return see(seen.at["2"]).mean()
+
+    Distiller(cnn(4, 1), cnn(4, 2), Maps(F.mse_loss), example=IMAGES, task=task)(IMAGES)
+    assert lay[-1] is last
+
+
+class Picky(nn.Module):
+    """Counts on the usual layout when `picks` says so."""
+
+    def __init__(self, picks: Callable[[nn.Module, Tensor], bool]) -> None:
+        super().__init__()
+        self.body, self.head, self.picks = cnn(4, 1)[:4], cnn(4, 1)[4:], picks
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.body(x)
+        if self.picks(self, x):
+            flat(maps)
+        return self.head(maps)
+
+
+def test_in_eval_it_answers_as_the_plain_student_in_its_own_layout() -> None:
+    one = Picky(lambda model, x: not model.training)
+    distiller = Distiller(one, cnn(4, 2), Response(), example=IMAGES)
+    assert distiller.how() == "channels_last"
+    assert torch.equal(distiller.eval()(IMAGES.x), one(IMAGES.x))
+
+
+def test_every_view_of_the_student_is_tried() -> None:
+    small = Term(Response(), view=lambda batch: batch.replace(x=batch.x[..., :7, :7]))
+    one = Picky(lambda model, x: x.shape[-1] < 8 and not x.is_contiguous())
+    assert Distiller(one, cnn(4, 2), Term(Response()), example=IMAGES).how() == "channels_last"
+    assert Distiller(one, cnn(4, 2), small, example=IMAGES).how() == ""
+
+
+def test_a_student_with_a_layout_of_its_own_is_shown_as_it_is() -> None:
+    one = cnn(4, 1).to(memory_format=torch.channels_last)
+    graded = []
+
+    def slope(s: Seen, t: Seen) -> Tensor:
+        (grad,) = torch.autograd.grad(s.out.sum(), s.at["2"], create_graph=True, allow_unused=True)
+        graded.append(grad is not None)
+        return s.out.sum() if grad is None else grad.square().mean() + s.out.mean()
+
+    method = Says(slope)
+    method.card = replace(method.card, taps=("2",))  # type: ignore[misc]
+    Distiller(one, cnn(4, 2), method, example=IMAGES, channels_last=False)(IMAGES)
+    assert graded[-1]
+
+
+def test_a_resumed_lesson_lies_as_it_did() -> None:
+    first = Distiller(cnn(4, 1), cnn(4, 2), Maps(F.mse_loss), example=IMAGES)
+    other = Distiller(cnn(4, 1), cnn(4, 2), Maps(F.mse_loss), example=IMAGES, channels_last=False)
+    assert first.layout["student"] and first.layout["lies_last"]
+    other.layout = first.layout
+    assert other.how() == "channels_last" and other.layout == first.layout
+    assert torch.equal(other(IMAGES)["loss"], first(IMAGES)["loss"])

@@ -606,6 +606,57 @@ def test_what_has_nothing_to_gain_keeps_its_layout() -> None:
     assert not learns_last(Tapped(learner()), BATCH.x.to("meta"))
 
 
+class Hidden(nn.Module):
+    """A branch that draws on maps, and counts for nothing as its weight is now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.weight = nn.Dropout(0.5), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight * self.dropout(x)
+
+
+class Scales(nn.Module):
+    """In place, what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(0.5)
+
+
+class Made(nn.Sequential):
+    def __new__(cls, *layers: nn.Module) -> "Made":
+        assert layers
+        return super().__new__(cls)
+
+
+def test_a_draw_counts_whatever_its_weight_is_now() -> None:
+    model = learner()
+    model.insert(2, Hidden())
+    assert not learns_last(Tapped(model), BATCH.x)
+
+
+def test_what_it_is_given_is_not_changed() -> None:
+    x = BATCH.x.clone()
+    assert not learns_last(Tapped(nn.Sequential(Scales(), *learner())), x) and torch.equal(x, BATCH.x)
+
+
+def test_what_cannot_be_tried_keeps_its_layout() -> None:
+    assert not learns_last(Tapped(Made(*learner())), BATCH.x)
+
+
+def test_one_channel_lies_alike_in_both() -> None:
+    gray = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+    assert not learns_last(Tapped(gray), BATCH.x[:, :1])
+
+
+def test_it_is_tried_in_full_precision() -> None:
+    model = learner()
+    model.insert(2, Where(lambda x: x + 1e-2 * x.flatten().as_strided(x.shape, x.stride())))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not learns_last(Tapped(model), BATCH.x)
+
+
 def test_images_may_be_named() -> None:
     assert learns_last(Tapped(learner()), {"input": BATCH.x})
     tapped = Tapped(learner())
