@@ -745,3 +745,13 @@ def test_a_resumed_lesson_lies_as_it_did() -> None:
     other.layout = first.layout
     assert other.how() == "channels_last" and other.layout == first.layout
     assert torch.equal(other(IMAGES)["loss"], first(IMAGES)["loss"])
+
+
+def test_compiled_dense_answers_come_in_the_usual_layout_too() -> None:
+    torch._dynamo.reset()
+    says = Says(lambda s, t: F.mse_loss(flat(s.out), flat(t.out)))
+    distiller = Distiller(cnn(4, 1)[:4], cnn(4, 2)[:4], says, example=IMAGES, task=None)
+    plain = distiller(IMAGES)["loss"]
+    distiller.compile("eager")
+    assert distiller.how() == "compiled, channels_last"
+    torch.testing.assert_close(distiller(IMAGES)["loss"], plain)

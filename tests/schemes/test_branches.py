@@ -1,6 +1,7 @@
 """Be Your Own Teacher against its formula, and who learns from whom in it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 
 from limbeck import build, recipe
 from limbeck.core.batch import IGNORE, Batch
+from limbeck.core.cast import Cast
 from limbeck.core.refused import Refused
 from limbeck.core.taps import Tapped
+from limbeck.core.task import labelled_cross_entropy
+from limbeck.core.teachers import Peer
 from limbeck.data.loader import Data, Splits
 from limbeck.engine import Engine
 from limbeck.pieces.branch import pool
@@ -249,3 +253,49 @@ def test_a_network_of_one_stage_is_refused() -> None:
 def test_an_ensemble_that_holds_the_network_is_refused() -> None:
     with pytest.raises(Refused, match="teach itself"):
         plan("cnn", [to_itself(method="kd", teacher="both")])
+
+
+class Tailed(nn.Module):
+    """Three stages; the tails of the first two count on the usual layout if `views`."""
+
+    def __init__(self, views: bool) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)])
+        self.head, self.views = nn.Linear(4, 3), views
+        self.TAPS = {"stage1": "stages.0", "stage2": "stages.1", "stage3": "stages.2", "pooled": "head:in"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.mean((2, 3)))
+
+    def tail(self, i: int) -> nn.Module:
+        return Tail(self.views, 2 - i)
+
+
+class Tail(nn.Module):
+    def __init__(self, views: bool, depth: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(depth + 1)))
+        self.views = views
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolutions(x.view(len(x), -1).view(x.shape) if self.views else x)
+
+
+@pytest.mark.parametrize(
+    ("views", "layouts", "how"),
+    [
+        (False, {}, {"network": "channels_last", "stage1": "channels_last", "stage2": "channels_last"}),
+        (True, {}, {"network": "channels_last", "stage1": "", "stage2": ""}),
+        (False, {"net": False}, {"network": "", "stage1": "", "stage2": ""}),
+    ],
+)
+def test_branches_compute_in_the_layout_that_they_can_and_may(
+    views: bool, layouts: dict[str, bool], how: dict[str, str]
+) -> None:
+    net, example = Tailed(views), Batch(torch.randn(4, 3, 8, 8), torch.arange(4) % 3, torch.arange(4))
+    cast = Cast({"net": net}, example, task=labelled_cross_entropy, channels_last=layouts)
+    scheme = Branches.staged(replace(cast, peers={"net": Peer(net, example)}))
+    assert {"network": scheme.network.how(), **{n: b.how() for n, b in scheme.branches.items()}} == how
+    assert sum(len(losses) for _, losses in scheme.turns(example)) == 3
