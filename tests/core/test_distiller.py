@@ -747,6 +747,7 @@ def test_a_resumed_lesson_lies_as_it_did() -> None:
     assert torch.equal(other(IMAGES)["loss"], first(IMAGES)["loss"])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch asks for it on purpose
 def test_compiled_dense_answers_come_in_the_usual_layout_too() -> None:
     torch._dynamo.reset()
     says = Says(lambda s, t: F.mse_loss(flat(s.out), flat(t.out)))

@@ -13,6 +13,7 @@ own; here it is in eval, and the student's running statistics are averaged as it
 output layer of their ResNets, which frees the consistency from the classification, is left out.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,4 +40,5 @@ class MeanTeacher(Method):
     )
 
     def loss(self, s: Seen, t: Seen, batch: Batch) -> Tensor:
-        return consistency(s.out.float(), t.out.float())
+        exact = torch.promote_types(s.out.dtype, torch.float32)
+        return consistency(s.out.to(exact), t.out.to(exact))
