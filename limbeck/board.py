@@ -103,7 +103,7 @@ class Board:
                 keeping += build.rehearse(plan, seeds[0], device, self.folder / "stores")
             except Refused as error:
                 raise Refused(f"Arm '{name}': {error}") from error.__cause__
-        self.takes = build.takes(keeping, self.folder / "stores", len(seeds))
+        self.takes = build.takes(keeping, [self.folder / "stores" / str(seed) for seed in seeds])
         """Bytes that teachers' answers will take, by what is kept of whom, all seeds together."""
 
     def _refuse_others(self) -> None:

@@ -6,7 +6,7 @@ device → optimisers.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -365,17 +365,17 @@ def rehearse(
     return trial.keeping
 
 
-def takes(keeping: Iterable[Keeping], place: Path, seeds: int = 1) -> dict[str, int]:
-    """The bytes that answers will take at a place, all seeds together, by what is kept of whom. Raises
-    `Refused` where that is too much, of which what is there already is no part."""
+def takes(keeping: Iterable[Keeping], places: Sequence[Path]) -> dict[str, int]:
+    """The bytes that answers will take at all of these places, one for each seed, by what is kept of whom.
+    Raises `Refused` where that is too much, of which what is there already is no part."""
     # Lessons may share a store; the longest of them tells how large it will be.
     stores = {one.folder: one for one in sorted(keeping, key=lambda one: one.bytes)}
     total: dict[str, int] = {}
     for one in stores.values():
-        total[one.kept] = total.get(one.kept, 0) + seeds * one.bytes
-    there = sum(file.stat().st_size for file in place.rglob("*.bin"))
+        total[one.kept] = total.get(one.kept, 0) + len(places) * one.bytes
+    there = sum(file.stat().st_size for place in places for file in place.glob("*/*.bin"))
     less = "leave `store` out for a teacher, take fewer seeds or epochs, or name a folder on another disk"
-    refuse_more("What teachers answer", sum(total.values()) - there, place, less)
+    refuse_more("What teachers answer", sum(total.values()) - there, places[0], less)
     return total
 
 

@@ -97,7 +97,7 @@ class Run:
         self.fingerprint = _fingerprint(plan, self.seed)
         self._stop = False
         if self._started is None and not rehearsed:
-            self.takes = build.takes(build.rehearse(plan, self.seed, device, stores), stores)
+            self.takes = build.takes(build.rehearse(plan, self.seed, device, stores), [stores])
         self.lab = build.lab(plan, self.seed, device, stores)
         files = self.lab.splits.train.files
         if self._started is not None and self._started.get("data", files) != files:
