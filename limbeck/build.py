@@ -103,13 +103,13 @@ class Lab:
                 self._hinted(f"{number}.{k}", use, _term(use, tuple(asked[name] for name in use.teachers)))
                 for k, use in enumerate(stage.terms)
             ],
-            task if stage.task_weight and task.headline else None,  # the task `none` has no loss
-            stage.task_weight,
-            view,
-            looks,
-            {name: net.channels_last for name, net in nets.items()},
-            peers,
-            self.seed,
+            task=task if stage.task_weight and task.headline else None,  # the task `none` has no loss
+            task_weight=stage.task_weight,
+            view=view,
+            taps=looks,
+            channels_last={name: net.channels_last for name, net in nets.items()},
+            peers=peers,
+            seed=self.seed,
         )
         try:
             with _theirs(f"The scheme '{stage.scheme.name}'", "be set up"):

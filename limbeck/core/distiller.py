@@ -337,8 +337,7 @@ class Distiller(nn.Module):
         """What a method is shown: the student, its teacher, the student's batch and the lenses' factor."""
         s, batch = sight.students[use.view]
         t = _paired(sight.teachers[use.teacher], use.term.pairs)
-        last = use.key in self._lies_last
-        s, t = lying(s, last) if self.channels_last else s, lying(t, last)
+        s, t = self._lain(use.key, s), lying(t, use.key in self._lies_last)
         factor: float | Tensor = 1.0
         for lens in use.term.through:
             s, t, more = lens(s, t)
@@ -347,7 +346,11 @@ class Distiller(nn.Module):
 
     def _for_task(self, sight: Sight) -> tuple[Seen, Batch]:
         seen, batch = sight.students[0]
-        return lying(seen, "task" in self._lies_last) if self.channels_last else seen, batch
+        return self._lain("task", seen), batch
+
+    def _lain(self, who: str, seen: Seen) -> Seen:
+        """What the student showed as `who` can use it; in a layout of the user's own it is left as it is."""
+        return lying(seen, who in self._lies_last) if self.channels_last else seen
 
     def _task_loss(self, sight: Sight) -> Tensor:
         assert self.task is not None

@@ -132,8 +132,8 @@ def learns_last(tapped: Tapped, x: Any) -> bool:
     used up."""
     modules, few = list(tapped.model.modules()), _few(x)
     images = [v for v in tree_leaves(few) if isinstance(v, Tensor) and v.ndim == 4 and v.device.type == "cpu"]
-    at_home = any(v.shape[1] > 1 for v in images) and torch.backends.mkldnn.is_available()
-    if not at_home or sum(isinstance(m, nn.Conv2d) for m in modules) < 2 or not _plain(modules):
+    gains = torch.backends.mkldnn.is_available() and any(v.shape[1] > 1 for v in images)
+    if not gains or sum(isinstance(m, nn.Conv2d) for m in modules) < 2 or not _plain(modules):
         return False
     shown = []
     try:

@@ -199,7 +199,7 @@ class Frozen(Teacher):
 
     def _checked(self, x: Any) -> Seen:
         seen = self.tapped.check(x)
-        if self.batch is None or not self._sought:
+        if not self._sought:
             self._seek(x)  # on the example, so that a resumed run goes the same way
         return seen
 
